@@ -1,0 +1,1 @@
+"""vmemu: an emulated x86-64 machine for work on Linux's kernel mappings."""

@@ -1,0 +1,1 @@
+"""Guest programs: directives, assembly, compilation, relocatable ELF and linking."""

@@ -1,0 +1,1 @@
+"""A model of Linux's kernel mappings: page tables, page allocator, vmalloc, faults and oopses."""

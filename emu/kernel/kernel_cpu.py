@@ -1,0 +1,38 @@
+"""How the kernel model sees the CPUs it runs on: a small protocol, no engine behind it.
+
+Register names are lower case: rax..r15, rip, rflags, rsp, cs, ss, cr0, cr2, cr3, cr4, fs_base, gs_base, kernel_gs_base.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class KernelCpu(Protocol):
+    """One CPU in kernel mode. Linear-address accesses go through that CPU's TLB."""
+
+    @property
+    def id(self) -> int:
+        """Number of the CPU, from 0."""
+
+    def reg(self, name: str) -> int:
+        """Value of a register."""
+
+    def set_reg(self, name: str, value: int) -> None:
+        """Set a register; control registers take their architectural effects."""
+
+    def read(self, la: int, size: int) -> bytes:
+        """Supervisor data read of `size` bytes at linear address `la`. Raises PageFault or NonCanonical."""
+
+    def write(self, la: int, data: bytes) -> None:
+        """Supervisor data write at linear address `la`. Raises PageFault or NonCanonical."""
+
+
+class TlbFlush(Protocol):
+    """The TLB maintenance the kernel asks of the machine (v6.12 arch/x86/mm/tlb.c)."""
+
+    def flush_tlb_kernel_range(self, start: int, end: int) -> None:
+        """Remove the translations of [start, end) from every CPU."""
+
+    def flush_tlb_all(self) -> None:
+        """Remove every translation, global ones included, from every CPU."""

@@ -1,0 +1,46 @@
+"""What a run tells about itself: event records and the sink that takes them.
+
+Nothing here imports the rest of the machine. Events are plain data in the order in which they happened; a sink may print,
+store or count them, and must not change the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Exception_:
+    """An exception or interrupt about to be delivered through the IDT."""
+
+    cpu: int
+    vector: int
+    error: int | None
+    rip: int
+    cr2: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """A guest called an exported kernel function."""
+
+    cpu: int
+    name: str
+    arguments: tuple[int, ...]
+    result: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of the kernel log."""
+
+    text: str
+
+
+Event = Exception_ | KernelCall | LogLine
+Sink = Callable[[Event], None]
+
+
+def discard(event: Event) -> None:
+    """The sink of a run that nobody watches."""
