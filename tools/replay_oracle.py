@@ -190,8 +190,8 @@ class Recording:
         for row in trace:
             who = row["who"]
             if row["ev"] == "kalloc_req":
-                values = [int(row[key], 16) for key in ("size", "align", "vs", "ve")]
-                waiting[who] = request = Request(*values, start=0, ok=False, task=who)
+                size, align, vstart, vend = (int(row[key], 16) for key in ("size", "align", "vs", "ve"))
+                waiting[who] = request = Request(size, align, vstart, vend, start=0, ok=False, task=who)
                 yield Event("alloc", request=request)
             elif row["ev"] == "kalloc_va" and who in waiting:
                 request = waiting.pop(who)
