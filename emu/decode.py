@@ -40,7 +40,8 @@ class Operand:
 
     `bit_offset` names the register of BT/BTS/BTR/BTC that holds a signed bit offset of 8 * size bits: the access moves
     by whole operands of `size` bytes (SDM vol. 2A, BT). `index_mask` cuts the index (XLAT: AL). `stack`: SS-relative,
-    so that a non-canonical address is #SS rather than #GP. `implicit`: a supervisor access at any CPL.
+    so that a non-canonical address is #SS rather than #GP. `implicit`: a supervisor access at any CPL. `probes`:
+    (offset, size) of parts that microcode checks before the whole.
     """
 
     size: int
@@ -56,6 +57,7 @@ class Operand:
     bit_offset: str | None = None
     implicit: bool = False
     stack: bool = False
+    probes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,20 @@ _FIXED_SIZES: Final = {
     **dict.fromkeys(("fxsave", "fxsave64", "fxrstor", "fxrstor64"), _FXSAVE_AREA),
     **dict.fromkeys(("xsave", "xsaveopt", "xsavec", "xsaves", "xrstor", "xrstors"), _XSAVE_AREA),
     **dict.fromkeys(("xsave64", "xsaveopt64", "xsavec64", "xsaves64", "xrstor64", "xrstors64"), _XSAVE_AREA),
+    "comisd": 8,
     **dict.fromkeys(("clflush", "clflushopt", "clwb"), 1),
 }
+
+_LAST_BYTE_FIRST: Final = _names(
+    "fxsave fxsave64 fxrstor fxrstor64 xsave xsave64 xsaveopt xsaveopt64 xsavec xsavec64 xsaves xsaves64"
+)
+"""Measured on Intel, FXSAVE on AMD too."""
+
+_BOTH_ENDS_FIRST: Final = _names("fnsave frstor fnstenv fldenv")
+"""The control word, then the last byte (measured on Intel)."""
+
+_XCOMP_BV: Final = 520
+"""Offset in the XSAVE area of what XRSTOR looks at first (measured); with XSTATE_BV clear it reads no more."""
 
 _DESCRIPTOR_READERS: Final = _names("lar lsl verr verw lldt ltr lss lfs lgs lcall ljmp retf retfq iret iretd iretq")
 
@@ -173,7 +187,7 @@ def _decode(code: bytes, la: int) -> Instruction:
     explicit = _explicit_operand(insn, mnemonic, opcode, prefixes)
     pops_segment = two_byte and code[prefixes.opcode_at + 1] in (0xA1, 0xA9)
     descriptors = pops_segment or opcode == 0x8E or mnemonic in _DESCRIPTOR_READERS
-    operands = _with_implicit(insn, mnemonic, explicit, prefixes)
+    operands = _with_implicit(insn, mnemonic, explicit, prefixes, pops_segment)
     return Instruction(mnemonic, insn.size, operands, 0, descriptors)
 
 
@@ -243,7 +257,16 @@ def _explicit_operand(insn: Any, mnemonic: str, opcode: int, prefixes: _Prefixes
     return Operand(
         size, read, first and (modifies or not read), base, index, memory.scale, disp, prefixes.segment,
         prefixes.address_mask, bit_offset=bit_offset, stack=prefixes.segment is None and base in ("rsp", "rbp"),
+        probes=_probes(mnemonic, size),
     )  # fmt: skip
+
+
+def _probes(mnemonic: str, size: int) -> tuple[tuple[int, int], ...]:
+    if mnemonic in _LAST_BYTE_FIRST:
+        return ((size - 1, 1),)
+    if mnemonic in _BOTH_ENDS_FIRST:
+        return (0, 2 if size in (14, 94) else 4), (size - 1, 1)
+    return ((_XCOMP_BV, 8),) if mnemonic.startswith("xrstor") else ()
 
 
 def _register(insn: Any, number: int) -> str | None:
@@ -280,7 +303,7 @@ def _operand_size(size: int, mnemonic: str, opcode: int, prefixes: _Prefixes) ->
 
 
 def _string_operands(opcode: int, prefixes: _Prefixes) -> tuple[Operand, ...]:
-    """One element. DS:RSI can be overridden, ES:RDI cannot (SDM vol. 1 7.3.9)."""
+    """One element. DS:RSI can be overridden, ES:RDI cannot (SDM vol. 1 7.3.9). CMPS reads ES:RDI first (measured)."""
     kind = _STRING_OPCODES[opcode]
     size = 1 if not opcode & 1 else prefixes.operand_size
     if kind in ("ins", "outs"):
@@ -292,14 +315,16 @@ def _string_operands(opcode: int, prefixes: _Prefixes) -> tuple[Operand, ...]:
         "ins": (write_di,),
         "outs": (source,),
         "movs": (source, write_di),
-        "cmps": (source, read_di),
+        "cmps": (read_di, source),
         "stos": (write_di,),
         "lods": (source,),
         "scas": (read_di,),
     }[kind]
 
 
-def _with_implicit(insn: Any, mnemonic: str, explicit: Operand | None, prefixes: _Prefixes) -> tuple[Operand, ...]:
+def _with_implicit(
+    insn: Any, mnemonic: str, explicit: Operand | None, prefixes: _Prefixes, pops_segment: bool
+) -> tuple[Operand, ...]:
     """`explicit` and the accesses that no operand names, in the order of the CPU."""
     operands = () if explicit is None else (explicit,)
     width = 2 if prefixes.operand_size == 2 else 8
@@ -307,6 +332,8 @@ def _with_implicit(insn: Any, mnemonic: str, explicit: Operand | None, prefixes:
     match mnemonic:
         case "push" | "pushf" | "pushfq":
             return *operands, _stack_write(-width, width)
+        case "pop" if pops_segment:
+            return (_stack_read(0, 2),)  # measured: the selector only, though RSP moves by the operand size
         case "pop" | "popf" | "popfq":
             return _stack_read(0, width), *operands
         case "call":
@@ -316,13 +343,16 @@ def _with_implicit(insn: Any, mnemonic: str, explicit: Operand | None, prefixes:
         case "lcall":
             return *operands, _stack_write(-far, far), _stack_write(-2 * far, far)
         case "retf" | "retfq":
-            return _stack_read(0, far), _stack_read(far, far)
+            return _stack_read(far, far), _stack_read(0, far)  # measured: CS before RIP
         case "iret" | "iretd" | "iretq":
             return tuple(_stack_read(n * far, far) for n in range(5))
         case "leave":
             return (_stack_read(0, width, "rbp"),)
         case "enter":
-            return _enter_operands(insn.operands[0].imm, insn.operands[1].imm & 31, width)
+            return _enter_operands(insn.operands[0].imm & 0xFFFF, insn.operands[1].imm & 31, width)
+        case "movdir64b":
+            base = _register(insn, insn.operands[0].reg)
+            return *operands, Operand(64, False, True, base, mask=prefixes.address_mask)
         case "xlatb":
             return (
                 Operand(1, True, False, "rbx", "rax", 1, 0, prefixes.segment, prefixes.address_mask, index_mask=0xFF),
@@ -345,11 +375,12 @@ def _stack_write(disp: int, size: int) -> Operand:
 
 
 def _enter_operands(allocated: int, level: int, width: int) -> tuple[Operand, ...]:
-    """SDM vol. 2A, ENTER."""
+    """SDM vol. 2A, ENTER. The final stack pointer is probed for a write, which happens to be nowhere else."""
     operands = [_stack_write(-width, width)]
     for n in range(1, level):
         operands.append(_stack_read(-width * n, width, "rbp"))
         operands.append(_stack_write(-width * (n + 1), width))
     if level:
         operands.append(_stack_write(-width * (level + 1), width))
+    operands.append(_stack_write(-width * (level + 1) - allocated, 1))
     return tuple(operands)

@@ -39,7 +39,8 @@ class MemoryAccess:
     """`size` bytes at linear address `la`, which may wrap around 2^64 and cross pages.
 
     read and write both set: read-modify-write, checked as a write. `implicit`: a supervisor access at any CPL (SDM
-    vol. 3A 4.6.1). `stack`: SS-relative, so that a non-canonical address gives #SS and not #GP.
+    vol. 3A 4.6.1). `stack`: SS-relative, so that a non-canonical address gives #SS and not #GP. `probes`: (offset,
+    size) of the parts that are checked before the whole (FXSAVE and its like).
     """
 
     la: int
@@ -48,6 +49,7 @@ class MemoryAccess:
     write: bool
     implicit: bool = False
     stack: bool = False
+    probes: tuple[tuple[int, int], ...] = ()
 
 
 class FaultAddress(NamedTuple):
@@ -69,7 +71,7 @@ def accesses(instruction: Instruction, rip: int, reg: Callable[[str], int]) -> t
     if instruction.repeat_mask and not reg("rcx") & instruction.repeat_mask:
         return ()
     return tuple(
-        MemoryAccess(_address(op, rip, reg), op.size, op.read, op.write, op.implicit, op.stack)
+        MemoryAccess(_address(op, rip, reg), op.size, op.read, op.write, op.implicit, op.stack, op.probes)
         for op in instruction.operands
     )
 
@@ -110,11 +112,16 @@ def checks(memory_accesses: Sequence[MemoryAccess]) -> Iterator[MemoryAccess]:
     The first whose page does not allow it is the page fault: CR2 is its `la` and W its `write`.
     """
     for access in memory_accesses:
-        la, left = access.la, access.size
-        while left:
-            part = min(left, PAGE_SIZE - la % PAGE_SIZE)
-            yield MemoryAccess(la, part, access.read, access.write, access.implicit, access.stack)
-            la, left = (la + part) & MASK64, left - part
+        for offset, size in access.probes:
+            yield from _pages(access, (access.la + offset) & MASK64, size)
+        yield from _pages(access, access.la, access.size)
+
+
+def _pages(access: MemoryAccess, la: int, size: int) -> Iterator[MemoryAccess]:
+    while size:
+        part = min(size, PAGE_SIZE - la % PAGE_SIZE)
+        yield MemoryAccess(la, part, access.read, access.write, access.implicit, access.stack)
+        la, size = (la + part) & MASK64, size - part
 
 
 def fault(memory_accesses: Sequence[MemoryAccess], rip: int, page_la: int, access: int) -> FaultAddress:
