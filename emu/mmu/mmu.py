@@ -44,6 +44,7 @@ from emu.mmu.registers import (
     check_cr4,
     check_efer,
 )
+from emu.mmu.staleness import Cached, Stale, listing, lookup, stale
 from emu.mmu.tlb import Context, Tlb, TlbMode
 from emu.mmu.walk import PagingRegisters, Step, ac_reader, descend, root, violation
 
@@ -333,7 +334,8 @@ class Mmu:
                 # A cached right may refuse what memory now permits; the fault drops the entry, a retry walks (SDM
                 # 4.10.4.3).
                 self.hits += 1
-                level = self.level_of(la) or Level.PTE
+                cached = self.query(la)
+                level = cached.level if cached else Level.PTE
                 self._drop_faulting(la)
                 raise PageFault(la, error, level, packed ^ XD)
             if access != _WRITE or packed & D:
@@ -445,11 +447,32 @@ class Mmu:
             self.memory.write(pa, data[offset : offset + step])
             offset += step
 
-    def level_of(self, la: int) -> Level | None:
-        """The leaf size of the TLB entry that would serve `la` now, or None."""
-        if la >> 12 in self._global_pages or la >> 12 in self._pages:
-            return Level.PTE
-        for level, shift, pages in self._large:
-            if la >> shift in pages:
-                return Level(level)
-        return None
+    # ---------------------------------------------------------------- inspection
+
+    def query(self, la: int) -> Cached | None:
+        """The TLB entry by which this CPU may still translate `la` (`.pa(la)` tells where to), or None: it would walk."""
+        return lookup(self.tlb, self._context, la)
+
+    def listing(self) -> list[Cached]:
+        """Every TLB entry: global ones first, then by PCID, page size and address."""
+        return listing(self.tlb)
+
+    def stale(self, la: int | None = None, tables: bool = False) -> list[Stale]:
+        """The TLB entries (of the page at `la`, or all; with `tables` the paging-structure caches too) that memory no
+        longer says. Each PCID is compared with the CR3 last loaded for it, global entries with the current one.
+        """
+        return stale(self.memory, self.regs, self.tlb, self.roots, la, tables)
+
+    def counters(self) -> dict[str, int]:
+        """Hits and misses of this TLB, entries filled, and entries that a finite geometry had to evict."""
+        return {"hits": self.hits, "misses": self.misses, "fills": self.tlb.fills, "evictions": self.tlb.evictions}
+
+    def validate(self) -> None:
+        """Assert that the TLB is sound and that the hot path looks at the current context of the current PCID."""
+        self.tlb.validate()
+        assert self._context is self.tlb.context(self.pcid), f"the context in use is not that of PCID {self.pcid:#x}"
+        assert self._pages is self._context.pages[1], "the hot path holds another context's pages"
+        assert self._pde_cache is self._context.tables[2], "the hot path holds another context's PDE cache"
+        assert self.regs.cr3 == self.cr3, "the walker's registers are out of date"
+        assert self.cr4 & Cr4.PGE or not any(self.tlb.shared.pages.values()), "global entries without CR4.PGE"
+        assert self.cr4 & Cr4.PCIDE or self.pcid == 0, "a PCID without CR4.PCIDE"

@@ -1,9 +1,8 @@
 """Linear-address translation by the paging structures in memory (SDM vol. 3A 4.5 to 4.8).
 
-Accessed and dirty flags (SDM 4.8): an entry that names a table gets A as soon as it has been found present and valid,
-also when a lower level then faults; the leaf gets A, and D for a write, only when the access is permitted. The SDM
-leaves open which flags a faulting access sets; this is what a processor does that sets A when it uses an entry to
-reach the next table.
+Accessed and dirty flags (SDM 4.8; 6.15, interrupt 14, footnote): an entry that names a table gets A as soon as it is used to
+reach that table, also when the access then faults; the leaf gets A, and D for a write, only when the access is permitted.
+The SDM asks for the former and leaves the leaf's A on a refused access to the processor model.
 """
 
 from __future__ import annotations
