@@ -1,0 +1,200 @@
+"""The kernel's own page tables, as boot leaves them (v6.12 arch/x86/mm/init_64.c, arch/x86/kernel/head_64.S).
+
+    direct map     [0, 2 MiB) in 4 KiB leaves, then 2 MiB, then 1 GiB leaves where they fit; the alias of the kernel's text
+                   and read-only data is read-only
+    kernel image   2 MiB leaves: text read-only and executable, rodata read-only, data writable
+    vmemmap        2 MiB leaves, one per 128 MiB of RAM
+    vmalloc        top-level entries only: 64 PUD tables with 4 levels, 50 P4D tables with 5 (one more when KASLR's base is
+                   not aligned to them)
+    espfix         its top-level entry
+
+The tables for the kernel image and espfix stand in the image's data; all others come from the page allocator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emu.kernel.layout import (
+    ESPFIX_BASE_ADDR,
+    KERNEL_DATA_SIZE,
+    KERNEL_RODATA_SIZE,
+    KERNEL_SIZE,
+    KERNEL_TEXT_SIZE,
+    MODULES_VADDR,
+    PAGE_SHIFT,
+    PAGES_PER_SECTION,
+    PMD_SHIFT,
+    PMD_SIZE,
+    PUD_SHIFT,
+    SIZEOF_STRUCT_PAGE,
+    START_KERNEL_MAP,
+    Layout,
+)
+from emu.kernel.memblock import Memblock
+from emu.kernel.page_alloc import PageAllocator
+from emu.kernel.pgprot import KERNPG_TABLE, PAGE_TABLE, large_prot, make_pgprots
+from emu.kernel.pgtable import PageTable
+from emu.kernel.profile import Profile
+from emu.kernel.set_memory import change_page_attr
+from emu.memory import Memory
+
+if TYPE_CHECKING:
+    from emu.kernel.vmap_area import Report
+
+SECTION_SIZE = PAGES_PER_SECTION << PAGE_SHIFT
+SECTION_MEMMAP_SIZE = PAGES_PER_SECTION * SIZEOF_STRUCT_PAGE
+FIRST_MIB = 1 << 20
+
+# Offsets of the static tables in the image's data.
+INIT_TOP_PGT = 0x0000
+LEVEL4_KERNEL_PGT = 0x1000
+LEVEL3_KERNEL_PGT = 0x2000
+LEVEL2_KERNEL_PGT = 0x3000
+LEVEL2_FIXMAP_PGT = 0x4000
+ESPFIX_PUD_PAGE = 0x5000
+STATIC_TABLES_SIZE = 0x6000
+
+
+@dataclass(frozen=True, slots=True)
+class Vmemmap:
+    """Struct pages: [la, la + size) mapped to [pa, pa + size)."""
+
+    la: int
+    pa: int
+    size: int
+
+
+class InitMm(PageTable):
+    """init_mm's page tables. `pgds` holds the PGDs of all other mms. Addresses by `layout`, protections in `prots`."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        pages: PageAllocator,
+        layout: Layout,
+        profile: Profile,
+        report: Report,
+        *,
+        gbpages: bool = True,
+        pti: bool = False,
+    ) -> None:
+        self.static_tables = layout.pa(layout.kernel_data)
+        memory.fill(self.static_tables, STATIC_TABLES_SIZE)
+        super().__init__(memory, pages, layout.levels, self.static_tables + INIT_TOP_PGT, report, gbpages=gbpages)
+        self.layout = layout
+        self.profile = profile
+        self.prots = make_pgprots(profile, pti=pti)
+        self.sync_pgds = profile.preallocated_vmalloc
+
+    def build(self, vmemmap: tuple[Vmemmap, ...]) -> None:
+        """Make all boot mappings. Raises MemoryError when RAM is too small for the tables."""
+        self._map_kernel_image()
+        self._map_direct()
+        for part in vmemmap:
+            self._boot_map(part.la, part.size, part.pa, self.prots.kernel, PMD_SHIFT)
+        if self.profile.preallocated_vmalloc:
+            self.preallocate_vmalloc_pages()
+
+    def _entry(self, table_offset: int, index: int, target_offset: int, flags: int) -> None:
+        pa = self.static_tables + table_offset + 8 * index
+        self.memory.write_u64(pa, self.static_tables + target_offset | flags)
+
+    def _map_kernel_image(self) -> None:
+        """The tables of head_64.S: level3_kernel_pgt holds the kernel's 1 GiB and the one of modules and fixmap."""
+        top = LEVEL3_KERNEL_PGT
+        if self.levels == 5:
+            top = LEVEL4_KERNEL_PGT
+            self._entry(LEVEL4_KERNEL_PGT, START_KERNEL_MAP >> 39 & 511, LEVEL3_KERNEL_PGT, PAGE_TABLE)
+        self._entry(INIT_TOP_PGT, 511, top, PAGE_TABLE)
+        self._entry(LEVEL3_KERNEL_PGT, START_KERNEL_MAP >> PUD_SHIFT & 511, LEVEL2_KERNEL_PGT, KERNPG_TABLE)
+        self._entry(LEVEL3_KERNEL_PGT, MODULES_VADDR >> PUD_SHIFT & 511, LEVEL2_FIXMAP_PGT, PAGE_TABLE)
+        # espfix: v6.12 arch/x86/kernel/espfix_64.c init_espfix_bsp. Nothing is mapped there before an IRET to 16 bits.
+        espfix_table = INIT_TOP_PGT if self.levels == 4 else LEVEL4_KERNEL_PGT
+        self._entry(espfix_table, ESPFIX_BASE_ADDR >> 39 & 511, ESPFIX_PUD_PAGE, PAGE_TABLE)
+        layout = self.layout
+        pmds = self.memory.table(self.static_tables + LEVEL2_KERNEL_PGT)
+        for la, size, prot in (
+            (layout.kernel_text, KERNEL_TEXT_SIZE, self.prots.kernel_rox),
+            (layout.kernel_rodata, KERNEL_RODATA_SIZE, self.prots.kernel_ro),
+            (layout.kernel_data, KERNEL_DATA_SIZE, self.prots.kernel),
+        ):
+            for offset in range(0, size, PMD_SIZE):
+                pmds[la + offset >> PMD_SHIFT & 511] = layout.pa(la + offset) | large_prot(prot)
+
+    def _map_direct(self) -> None:
+        size = self.memory.size
+        self._boot_map(self.layout.va(0), PMD_SIZE, 0, self.prots.kernel, PAGE_SHIFT)
+        self._boot_map(self.layout.va(PMD_SIZE), size - PMD_SIZE, PMD_SIZE, self.prots.kernel, PUD_SHIFT)
+        # mark_rodata_ro: no CPU runs yet, so nothing can be stale.
+        alias = self.layout.va(self.layout.kernel_phys)
+        pages = (KERNEL_TEXT_SIZE + KERNEL_RODATA_SIZE) >> PAGE_SHIFT
+        clear = self.prots.kernel & ~self.prots.kernel_ro
+        if change_page_attr(self, alias, pages, set_mask=0, clear_mask=clear)[0]:
+            raise MemoryError("RAM is too small for the kernel's page tables")
+
+    def _boot_map(self, la: int, size: int, pa: int, prot: int, max_page_shift: int) -> None:
+        if self.vmap_range_noflush(la, la + size, pa, prot, max_page_shift):
+            raise MemoryError("RAM is too small for the kernel's page tables")
+
+    def preallocate_vmalloc_pages(self) -> None:
+        """Populate every top-level entry of the vmalloc region, so that no mm's PGD ever lacks one.
+
+        Source: v6.12 arch/x86/mm/init_64.c preallocate_vmalloc_pages. Raises MemoryError where Linux panics.
+        """
+        addr = self.layout.vmalloc_start
+        while addr <= self.layout.vmalloc_end:
+            if self.alloc_table(addr, self.levels - 1) < 0:
+                raise MemoryError("RAM is too small to preallocate the page tables of the vmalloc region")
+            addr = (addr & -self.layout.pgdir_size) + self.layout.pgdir_size
+
+
+@dataclass(frozen=True, slots=True)
+class KernelMemory:
+    """The floor that the kernel stands on once boot has set up its memory."""
+
+    memblock: Memblock
+    pages: PageAllocator
+    init_mm: InitMm
+
+
+def setup_kernel_memory(
+    memory: Memory,
+    layout: Layout,
+    profile: Profile,
+    report: Report,
+    *,
+    gbpages: bool = True,
+    pti: bool = False,
+) -> KernelMemory:
+    """Reserve what boot needs, start the page allocator and build init_mm's tables.
+
+    Raises ValueError when the kernel image is not in RAM, OutOfMemoryAtBoot or MemoryError when RAM is too small.
+    """
+    if memory.size < layout.kernel_phys + KERNEL_SIZE:
+        raise ValueError(
+            f"memory size is {memory.size:#x}; the kernel image alone ends at {layout.kernel_phys + KERNEL_SIZE:#x}"
+        )
+    memblock = Memblock(memory)
+    # Firmware data and the trampoline for other CPUs: v6.12 arch/x86/realmode/init.c reserve_real_mode.
+    memblock.reserve(0, FIRST_MIB)
+    memblock.reserve(layout.kernel_phys, layout.kernel_phys + KERNEL_SIZE)
+    vmemmap = _alloc_vmemmap(memory, memblock, layout)
+    pages = PageAllocator(memory, memblock)
+    init_mm = InitMm(memory, pages, layout, profile, report, gbpages=gbpages, pti=pti)
+    init_mm.build(vmemmap)
+    return KernelMemory(memblock, pages, init_mm)
+
+
+def _alloc_vmemmap(memory: Memory, memblock: Memblock, layout: Layout) -> tuple[Vmemmap, ...]:
+    """Struct pages of each section in the node of the section's first frame (v6.12 mm/sparse-vmemmap.c)."""
+    parts = []
+    for node in memory.nodes:
+        first = -(-node.start // SECTION_SIZE)
+        sections = -(-node.end // SECTION_SIZE) - first
+        if sections > 0:
+            size = sections * SECTION_MEMMAP_SIZE
+            pa = memblock.alloc(size, PMD_SIZE, node.id)
+            parts.append(Vmemmap(layout.page_to_la(first * PAGES_PER_SECTION), pa, size))
+    return tuple(parts)
