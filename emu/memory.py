@@ -19,6 +19,8 @@ PAGE_SIZE = 1 << PAGE_SHIFT
 MAXPHYADDR = 40
 MAX_MEMORY = 1 << MAXPHYADDR
 MAX_NODES = 8
+# linux/mman.h; the mmap module of Python 3.11 has no name for it.
+MAP_NORESERVE = 0x4000
 # A node starts on a boundary that holds the largest buddy block and a 2 MiB leaf, so neither crosses nodes.
 NODE_ALIGN = 4 << 20
 
@@ -74,7 +76,7 @@ class Memory:
         if size < nodes * NODE_ALIGN:
             raise ValueError(f"memory size is {size:#x}; {nodes} nodes need at least {nodes * NODE_ALIGN:#x}")
         self.size = size
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self._bytes = memoryview(self._map)
         self.u64 = self._bytes.cast("Q")
         self._array: npt.NDArray[np.uint64] = np.frombuffer(self._map, dtype=np.uint64)

@@ -12,7 +12,7 @@ LAYERS = [
     ["emu.cli", "emu.__main__", "emu.pytest_plugin"],
     ["emu.report"],
     ["emu.machine", "emu.run"],
-    ["emu.cpu", "emu.native", "emu.privileged", "emu.msr", "emu.exceptions", "emu.cpuid", "emu.engine", "emu.engine_context",
+    ["emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions", "emu.cpuid", "emu.engine", "emu.engine_context",
      "emu.instruction_counter", "emu.privileged_opcodes", "emu.operands", "emu.decode", "emu.descriptors", "emu.rflags"],
     ["emu.kernel"],
     ["emu.guest"],

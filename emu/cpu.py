@@ -1,0 +1,284 @@
+"""One CPU: registers, the run loop, and what becomes of each reason for which the engine stops.
+
+The engine (Unicorn) executes; everything that is privileged, faults, or needs the kernel model happens here, between two runs of
+it, so that Python code may take its time and look at a machine that stands still.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+
+from emu.decode import Undecodable, decode
+from emu.descriptors import TableRegister
+from emu.engine import Engine, StopReason
+from emu.exceptions import CpuException, Source, Vector, deliver
+from emu.memory import BusError, Memory
+from emu.mmu.fault import Access, NonCanonical, PageFault, PfError
+from emu.mmu.mmu import Mmu
+from emu.mmu.registers import Cr4, Features
+from emu.mmu.tlb import Tlb
+from emu.operands import MemoryAccess, accesses, fault
+from emu.privileged import execute
+from emu.rflags import Rflags
+
+_MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+# Bits of CR4 that Unicorn itself must know: SSE, FS/GS base instructions, and SMAP for its split of soft TLBs by RFLAGS.AC.
+_ENGINE_CR4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | Cr4.SMAP | Cr4.TSD | Cr4.DE | Cr4.PAE
+_AC = int(Rflags.AC)
+_ENGINE_CR0_PG = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class KernelEntry:
+    """The CPU executed the HLT of a stub at `la`: the kernel model's turn."""
+
+    la: int
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """HLT with nothing that could wake the CPU; `interrupts` tells whether RFLAGS.IF was set."""
+
+    rip: int
+    interrupts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReached:
+    """The instruction limit came before the end."""
+
+    rip: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """Somebody stopped the engine from outside."""
+
+
+CpuStop = KernelEntry | Halted | LimitReached | Interrupted
+
+
+class Cpu:
+    """A CPU of a machine.
+
+    `stubs` holds the addresses at which HLT calls the kernel model. `limit` bounds the instructions exactly (see Engine).
+    """
+
+    def __init__(
+        self, number: int, memory: Memory, *, features: Features, levels: int = 4, tlb: Tlb | None = None,
+        stubs: Container[int] = frozenset(), limit: int | None = None,
+    ) -> None:
+        self.id = number
+        self.memory = memory
+        self.features = features
+        self.mmu = Mmu(memory, tlb if tlb is not None else Tlb(), features, levels)
+        self.engine = Engine(memory, self.mmu, limit=limit)
+        self.engine.is_implicit = self._is_implicit
+        self.mmu.read_ac = self.read_ac
+        self.stubs = stubs
+        self.gdtr = self.idtr = self.ldtr = self.tss = TableRegister(0, 0)
+        self.tr = 0
+        self.ldt_selector = 0
+        self.cr2 = 0
+        self.cr8 = 0
+        self.tsc = 0
+        self.msrs: dict[int, int] = {}
+        self.nmi_blocked = False
+        self._nmi_pending = False
+        self._interrupts: deque[int] = deque()
+        self._rip: int | None = None
+        self.on_delivery: Callable[[CpuException], None] = lambda exception: None
+        self.sync_engine_registers()
+
+    # ---- registers
+
+    @property
+    def rip(self) -> int:
+        """Instruction pointer."""
+        if self._rip is None:
+            self._rip = self.engine.reg("rip")
+        return self._rip
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        self._rip = value
+
+    def reg(self, name: str) -> int:
+        """A register by lower-case name (see emu/kernel/kernel_cpu.py). Raises KeyError."""
+        if name == "rip":
+            return self.rip
+        if name == "cr2":
+            return self.cr2
+        if name in ("cr0", "cr3", "cr4", "efer", "pkru", "cpl"):
+            value: int = getattr(self.mmu, name)
+            return value
+        if name == "kernel_gs_base":
+            return self.engine.msr(0xC000_0102)
+        return self.engine.reg(name)
+
+    def set_reg(self, name: str, value: int) -> None:
+        """Set a register. Control registers take effect as a MOV would; raises GeneralProtection for what a CPU refuses."""
+        if name == "rip":
+            self._rip = value
+        elif name == "cr2":
+            self.cr2 = value
+        elif name in ("cr0", "cr3", "cr4", "efer", "pkru"):
+            getattr(self.mmu, f"load_{name}")(value)
+            self.sync_engine_registers()
+        elif name == "kernel_gs_base":
+            self.engine.set_msr(0xC000_0102, value)
+        else:
+            self.engine.set_reg(name, value)
+
+    def read_ac(self) -> bool:
+        """RFLAGS.AC."""
+        return bool(self.engine.reg("rflags") & _AC)
+
+    def sync_engine_registers(self) -> None:
+        """Tell the engine what it must know of the control registers; paging stays off there, since it is ours."""
+        self.engine.set_reg("cr0", self.mmu.cr0 & ~_ENGINE_CR0_PG)
+        self.engine.set_reg("cr4", self.mmu.cr4 & _ENGINE_CR4)
+
+    def enter_privilege(self, cpl: int, cs: int, *, new_stack: bool) -> None:
+        """Take a code segment and privilege level; a change to an inner level loads a null SS (SDM vol. 3A 6.14.2)."""
+        self.engine.set_reg("cs", cs)
+        if new_stack:
+            self.engine.set_reg("ss", cpl)
+        if cpl != self.mmu.cpl:
+            self.engine.set_cpl(cpl)
+
+    def load_tables(self) -> None:
+        """Give GDTR, IDTR, LDTR and TR to the engine, and remember which pages they lie in."""
+        engine = self.engine
+        engine.set_table_register("gdtr", self.gdtr.base, self.gdtr.limit)
+        engine.set_table_register("idtr", self.idtr.base, self.idtr.limit)
+        engine.set_table_register("ldtr", self.ldtr.base, self.ldtr.limit, self.ldt_selector)
+        engine.set_table_register("tr", self.tss.base, self.tss.limit, self.tr)
+        engine.descriptor_pages.clear()
+        for table in (self.gdtr, self.idtr, self.ldtr, self.tss):
+            if table.limit:
+                engine.descriptor_pages.update(range(table.base & ~0xFFF, table.base + table.limit + 1, 0x1000))
+        engine.drop_soft_tlb()
+
+    # ---- memory, as kernel code at privilege level 0 sees it
+
+    def read(self, la: int, size: int) -> bytes:
+        """Supervisor data read through this CPU's TLB. Raises PageFault, NonCanonical, BusError."""
+        return self.mmu.read(la, size, user=False, ac=self.read_ac())
+
+    def write(self, la: int, data: bytes) -> None:
+        """Supervisor data write through this CPU's TLB. Raises PageFault, NonCanonical, BusError."""
+        self.mmu.write(la, data, user=False, ac=self.read_ac())
+
+    # ---- events from outside
+
+    def raise_interrupt(self, vector: int) -> None:
+        """Make an external interrupt pending; it is taken when RFLAGS.IF allows. Raises ValueError below vector 32."""
+        if not 32 <= vector <= 255:
+            raise ValueError(f"external interrupt vector is {vector}; it must be 32 to 255")
+        self._interrupts.append(vector)
+
+    def raise_nmi(self) -> None:
+        """Make an NMI pending; it is taken once no other NMI is being handled. One more is remembered, as in hardware."""
+        self._nmi_pending = True
+
+    def _take_pending(self) -> bool:
+        if self._nmi_pending and not self.nmi_blocked:
+            self._nmi_pending = False
+            deliver(self, CpuException(Vector.NMI), Source.EXTERNAL)
+            return True
+        if self._interrupts and self.reg("rflags") & Rflags.IF:
+            deliver(self, CpuException(self._interrupts.popleft()), Source.EXTERNAL)
+            return True
+        return False
+
+    # ---- execution
+
+    def run(self) -> CpuStop:
+        """Execute until the kernel model is called or nothing can go on. Raises TripleFault, BusError."""
+        while True:
+            if self._interrupts or self._nmi_pending:
+                self._take_pending()
+            reason = self.engine.run(self.rip)
+            self._rip = None
+            stop = self._handle(reason)
+            if stop is not None:
+                return stop
+
+    def _handle(self, reason: StopReason) -> CpuStop | None:
+        match reason:
+            case StopReason.HALT:
+                return self._halt()
+            case StopReason.FAULT:
+                deliver(self, self._translation_fault())
+            case StopReason.INTERCEPT:
+                self._intercepted()
+            case StopReason.INTERRUPT:
+                self._engine_exception()
+            case StopReason.INVALID:
+                self.engine.forget_exception()
+                deliver(self, CpuException(Vector.UD))
+            case StopReason.LIMIT:
+                return LimitReached(self.rip)
+            case StopReason.AT_ZERO:
+                pass  # RIP is 0, and the next run begins there
+            case StopReason.ASKED:
+                return Interrupted()
+        return None
+
+    def _halt(self) -> CpuStop | None:
+        la = self.rip - 1 & _MASK64
+        if la in self.stubs:
+            return KernelEntry(la)
+        if (self._interrupts or self._nmi_pending) and self._take_pending():
+            return None
+        return Halted(la, bool(self.reg("rflags") & Rflags.IF))
+
+    def _intercepted(self) -> None:
+        try:
+            execute(self)
+        except CpuException as exception:
+            deliver(self, exception)
+        except PageFault as error:
+            deliver(self, CpuException(Vector.PF, error.error, error.la))
+
+    def _engine_exception(self) -> None:
+        vector = self.engine.vector
+        error = self.engine.error_code if vector in (Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.AC) else None
+        self.engine.forget_exception()
+        if vector == Vector.BP:  # INT3, one byte long: RIP is behind it
+            deliver(self, CpuException(vector), Source.SOFTWARE, self.rip - 1 & _MASK64)
+        else:
+            deliver(self, CpuException(vector, error))
+
+    def memory_accesses(self, rip: int) -> tuple[MemoryAccess, ...]:
+        """The memory accesses of the instruction at `rip` with the registers of now; none if it cannot be decoded."""
+        try:
+            return accesses(decode(self.engine.peek(rip, 15), rip), rip, self.reg)
+        except (Undecodable, PageFault, NonCanonical, BusError):
+            return ()
+
+    def _translation_fault(self) -> CpuException:
+        """The exception of the access that the engine could not make: CR2 and error code to the bit."""
+        engine = self.engine
+        failed = engine.fault
+        assert failed is not None
+        if isinstance(failed, BusError):
+            raise failed
+        rip = self.rip
+        is_fetch = engine.fault_access is Access.FETCH
+        where = fault(() if is_fetch else self.memory_accesses(rip), rip, engine.fault_page, int(engine.fault_access))
+        if isinstance(failed, NonCanonical):
+            return CpuException(Vector.SS if where.stack else Vector.GP, 0)
+        error = failed.error
+        if where.write and not is_fetch:
+            error |= PfError.W
+        return CpuException(Vector.PF, error, where.cr2)
+
+    def _is_implicit(self, page_la: int) -> bool:
+        """True when the access under way to a page of descriptor tables is the CPU's own, not the program's."""
+        rip = self.engine.reg("rip")
+        explicit = [a for a in self.memory_accesses(rip) if not a.implicit]
+        return not any((a.la & ~0xFFF) <= page_la <= (a.la + a.size - 1 & ~0xFFF) for a in explicit)

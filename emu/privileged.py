@@ -1,0 +1,344 @@
+"""The instructions that the machine executes itself (emu/privileged_opcodes.py lists them), each by its page in SDM vol. 2.
+
+Every function checks everything before it changes anything, as the CPU does: an exception leaves the machine as it was, with RIP
+at the instruction.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from emu.cpuid import cpuid
+from emu.descriptors import (
+    SystemSegment,
+    SystemType,
+    TableRegister,
+    decode_system_segment,
+    decode_table_register,
+    encode_table_register,
+)
+from emu.exceptions import CpuException, Vector, read_system
+from emu.mmu.fault import GeneralProtection
+from emu.mmu.registers import Cr0, Cr4
+from emu.msr import read_msr, write_msr
+from emu.privileged_opcodes import recognise
+from emu.privileged_step import Step, check_canonical
+from emu.transfers import int_n, iret, retf, syscall, sysret
+
+if TYPE_CHECKING:
+    from emu.cpu import Cpu
+
+_MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+_GPR = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+# One RDTSC is this many cycles after the last: time is virtual and the same in every run.
+TSC_STEP = 1000
+_BRANCHES = frozenset(("syscall", "sysret", "iret", "retf", "int"))
+_MSR_TSC_AUX = 0xC000_0103
+
+
+def execute(cpu: Cpu) -> None:
+    """Execute the intercepted instruction at RIP. Raises CpuException and PageFault with RIP unchanged."""
+    code = cpu.engine.peek(cpu.rip, 15)
+    instruction = recognise(code)
+    assert instruction is not None
+    handler = _HANDLERS.get(instruction.name)
+    if handler is None:
+        raise CpuException(Vector.UD)
+    step = Step(cpu, instruction, code)
+    try:
+        handler(step)
+    except GeneralProtection:
+        raise CpuException(Vector.GP, 0) from None
+    if instruction.name not in _BRANCHES:
+        cpu.rip = step.next_rip
+
+
+# ---- control and debug registers (MOV CRn, MOV DRn, CLTS, LMSW, SMSW)
+
+
+def _mov_to_cr(step: Step) -> None:
+    step.need_privilege()
+    cpu, instruction = step.cpu, step.instruction
+    value = cpu.reg(_GPR[instruction.rm])
+    number = 8 if 0xF0 in instruction.prefixes else instruction.reg
+    if number == 2:
+        cpu.cr2 = value
+    elif number == 8:
+        if value >> 4:
+            raise CpuException(Vector.GP, 0)
+        cpu.cr8 = value
+    elif number in (0, 3, 4):
+        cpu.set_reg(f"cr{number}", value)
+    else:
+        raise CpuException(Vector.UD)
+
+
+def _mov_from_cr(step: Step) -> None:
+    step.need_privilege()
+    cpu, instruction = step.cpu, step.instruction
+    number = 8 if 0xF0 in instruction.prefixes else instruction.reg
+    if number not in (0, 2, 3, 4, 8):
+        raise CpuException(Vector.UD)
+    cpu.set_reg(_GPR[instruction.rm], cpu.cr8 if number == 8 else cpu.reg(f"cr{number}"))
+
+
+def _debug_register(step: Step) -> str:
+    cpu = step.cpu
+    number = step.instruction.reg
+    if number > 7:
+        raise CpuException(Vector.UD)
+    if number in (4, 5):
+        if cpu.mmu.cr4 & Cr4.DE:
+            raise CpuException(Vector.UD)
+        number += 2
+    step.need_privilege()
+    return f"dr{number}"
+
+
+def _mov_to_dr(step: Step) -> None:
+    name = _debug_register(step)
+    value = step.cpu.reg(_GPR[step.instruction.rm])
+    if name in ("dr6", "dr7") and value >> 32:
+        raise CpuException(Vector.GP, 0)
+    step.cpu.set_reg(name, value)
+
+
+def _mov_from_dr(step: Step) -> None:
+    name = _debug_register(step)
+    step.cpu.set_reg(_GPR[step.instruction.rm], step.cpu.reg(name))
+
+
+def _clts(step: Step) -> None:
+    step.need_privilege()
+    step.cpu.set_reg("cr0", step.cpu.mmu.cr0 & ~Cr0.TS)
+
+
+def _lmsw(step: Step) -> None:
+    step.need_privilege()
+    cpu = step.cpu
+    if step.instruction.register_form:
+        word = cpu.reg(_GPR[step.instruction.rm])
+    else:
+        word = int.from_bytes(step.read(step.operand(2, write=False)), "little")
+    loaded = Cr0.MP | Cr0.EM | Cr0.TS
+    cpu.set_reg("cr0", cpu.mmu.cr0 & ~loaded | word & (loaded | Cr0.PE))
+
+
+def _check_umip(step: Step) -> None:
+    if step.cpu.mmu.cr4 & Cr4.UMIP:
+        step.need_privilege()
+
+
+def _store_word(step: Step, value: int) -> None:
+    """SMSW, STR, SLDT: a word to memory, the operand size to a register."""
+    instruction = step.instruction
+    if not instruction.register_form:
+        step.write(step.operand(2, write=True), struct.pack("<H", value & 0xFFFF))
+        return
+    name = _GPR[instruction.rm]
+    if 0x66 in instruction.prefixes and not instruction.wide:
+        value = step.cpu.reg(name) & ~0xFFFF | value & 0xFFFF
+    elif not instruction.wide:
+        value &= 0xFFFF_FFFF
+    step.cpu.set_reg(name, value)
+
+
+def _smsw(step: Step) -> None:
+    _check_umip(step)
+    _store_word(step, step.cpu.mmu.cr0)
+
+
+def _str(step: Step) -> None:
+    _check_umip(step)
+    _store_word(step, step.cpu.tr)
+
+
+def _sldt(step: Step) -> None:
+    _check_umip(step)
+    _store_word(step, step.cpu.ldt_selector)
+
+
+# ---- descriptor tables (SGDT, SIDT, LGDT, LIDT, LLDT, LTR)
+
+
+def _store_table(step: Step, name: str) -> None:
+    if step.instruction.register_form:
+        raise CpuException(Vector.UD)
+    _check_umip(step)
+    table = getattr(step.cpu, name)
+    step.write(step.operand(10, write=True), encode_table_register(table))
+
+
+def _load_table(step: Step, name: str) -> None:
+    if step.instruction.register_form:
+        raise CpuException(Vector.UD)
+    step.need_privilege()
+    register = decode_table_register(step.read(step.operand(10, write=False)))
+    check_canonical(step.cpu, register.base)
+    setattr(step.cpu, name, register)
+    step.cpu.load_tables()
+
+
+def _system_segment(step: Step, wanted: SystemType) -> tuple[int, SystemSegment | None]:
+    """Selector and descriptor of LLDT's or LTR's operand; no descriptor for a null selector."""
+    step.need_privilege()
+    cpu = step.cpu
+    if step.instruction.register_form:
+        selector = cpu.reg(_GPR[step.instruction.rm]) & 0xFFFF
+    else:
+        selector = int.from_bytes(step.read(step.operand(2, write=False)), "little")
+    if not selector & ~3:
+        return selector, None
+    error = CpuException(Vector.GP, selector & 0xFFFC)
+    if selector & 4 or (selector & 0xFFF8) + 15 > cpu.gdtr.limit:
+        raise error
+    segment = decode_system_segment(read_system(cpu, cpu.gdtr.base + (selector & 0xFFF8), 16, error))
+    if segment.type != wanted:
+        raise error
+    if not segment.p:
+        raise CpuException(Vector.NP, selector & 0xFFFC)
+    check_canonical(cpu, segment.base)
+    return selector, segment
+
+
+def _ltr(step: Step) -> None:
+    selector, segment = _system_segment(step, SystemType.TSS_AVAILABLE)
+    cpu = step.cpu
+    if segment is None:
+        raise CpuException(Vector.GP, 0)
+    access_byte = cpu.gdtr.base + (selector & 0xFFF8) + 5
+    busy = cpu.mmu.read(access_byte, 1, user=False, implicit=True)[0] | SystemType.TSS_BUSY
+    cpu.mmu.write(access_byte, bytes((busy,)), user=False, implicit=True)
+    cpu.tr, cpu.tss = selector, TableRegister(segment.base, segment.byte_limit)
+    cpu.load_tables()
+
+
+def _lldt(step: Step) -> None:
+    selector, segment = _system_segment(step, SystemType.LDT)
+    cpu = step.cpu
+    cpu.ldt_selector = selector
+    cpu.ldtr = TableRegister(segment.base, segment.byte_limit) if segment else TableRegister(0, 0)
+    cpu.load_tables()
+
+
+# ---- TLB (INVLPG, INVPCID)
+
+
+def _invlpg(step: Step) -> None:
+    if step.instruction.register_form:
+        raise CpuException(Vector.UD)
+    step.need_privilege()
+    step.cpu.mmu.invlpg(step.address())
+
+
+def _invpcid(step: Step) -> None:
+    cpu = step.cpu
+    if not cpu.features.invpcid:
+        raise CpuException(Vector.UD)
+    step.need_privilege()
+    descriptor = step.read(step.operand(16, write=False))
+    pcid, la = struct.unpack("<QQ", descriptor)
+    cpu.mmu.invpcid(cpu.reg(_GPR[step.instruction.reg]), pcid, la)
+
+
+# ---- model-specific registers, time, identification, protection keys
+
+
+def _rdmsr(step: Step) -> None:
+    step.need_privilege()
+    cpu = step.cpu
+    value = read_msr(cpu, cpu.reg("rcx") & 0xFFFF_FFFF)
+    cpu.set_reg("rax", value & 0xFFFF_FFFF)
+    cpu.set_reg("rdx", value >> 32)
+
+
+def _wrmsr(step: Step) -> None:
+    step.need_privilege()
+    cpu = step.cpu
+    write_msr(cpu, cpu.reg("rcx") & 0xFFFF_FFFF, cpu.reg("rdx") << 32 & _MASK64 | cpu.reg("rax") & 0xFFFF_FFFF)
+
+
+def _rdtsc(step: Step) -> None:
+    cpu = step.cpu
+    if cpu.mmu.cr4 & Cr4.TSD:
+        step.need_privilege()
+    cpu.tsc = cpu.tsc + TSC_STEP & _MASK64
+    cpu.set_reg("rax", cpu.tsc & 0xFFFF_FFFF)
+    cpu.set_reg("rdx", cpu.tsc >> 32)
+
+
+def _rdtscp(step: Step) -> None:
+    _rdtsc(step)
+    step.cpu.set_reg("rcx", step.cpu.msrs.get(_MSR_TSC_AUX, 0))
+
+
+def _cpuid(step: Step) -> None:
+    cpu = step.cpu
+    leaf, subleaf = cpu.reg("rax") & 0xFFFF_FFFF, cpu.reg("rcx") & 0xFFFF_FFFF
+    for name, value in zip(("rax", "rbx", "rcx", "rdx"), cpuid(cpu.features, leaf, subleaf, cpu.mmu.cr4), strict=True):
+        cpu.set_reg(name, value)
+
+
+def _check_pkru(step: Step) -> None:
+    cpu = step.cpu
+    if not cpu.mmu.cr4 & Cr4.PKE:
+        raise CpuException(Vector.UD)
+    if cpu.reg("rcx") & 0xFFFF_FFFF:
+        raise CpuException(Vector.GP, 0)
+
+
+def _rdpkru(step: Step) -> None:
+    _check_pkru(step)
+    step.cpu.set_reg("rax", step.cpu.mmu.pkru)
+    step.cpu.set_reg("rdx", 0)
+
+
+def _wrpkru(step: Step) -> None:
+    _check_pkru(step)
+    if step.cpu.reg("rdx") & 0xFFFF_FFFF:
+        raise CpuException(Vector.GP, 0)
+    step.cpu.mmu.load_pkru(step.cpu.reg("rax") & 0xFFFF_FFFF)
+
+
+def _check_fsgsbase(step: Step) -> None:
+    if not step.cpu.mmu.cr4 & Cr4.FSGSBASE:
+        raise CpuException(Vector.UD)
+
+
+def _rdbase(step: Step, name: str) -> None:
+    _check_fsgsbase(step)
+    value = step.cpu.reg(name)
+    step.cpu.set_reg(_GPR[step.instruction.rm], value if step.instruction.wide else value & 0xFFFF_FFFF)
+
+
+def _wrbase(step: Step, name: str) -> None:
+    _check_fsgsbase(step)
+    value = step.cpu.reg(_GPR[step.instruction.rm])
+    if not step.instruction.wide:
+        value &= 0xFFFF_FFFF
+    check_canonical(step.cpu, value)
+    step.cpu.set_reg(name, value)
+
+
+def _swapgs(step: Step) -> None:
+    step.need_privilege()
+    cpu = step.cpu
+    user, kernel = cpu.reg("gs_base"), cpu.reg("kernel_gs_base")
+    cpu.set_reg("gs_base", kernel)
+    cpu.set_reg("kernel_gs_base", user)
+
+
+_HANDLERS: dict[str, Callable[[Step], None]] = {
+    "mov_to_cr": _mov_to_cr, "mov_from_cr": _mov_from_cr, "mov_to_dr": _mov_to_dr, "mov_from_dr": _mov_from_dr, "clts": _clts,
+    "lmsw": _lmsw, "smsw": _smsw, "str": _str, "sldt": _sldt, "ltr": _ltr, "lldt": _lldt,
+    "sgdt": lambda step: _store_table(step, "gdtr"), "sidt": lambda step: _store_table(step, "idtr"),
+    "lgdt": lambda step: _load_table(step, "gdtr"), "lidt": lambda step: _load_table(step, "idtr"),
+    "invlpg": _invlpg, "invpcid": _invpcid, "rdmsr": _rdmsr, "wrmsr": _wrmsr, "rdtsc": _rdtsc, "rdtscp": _rdtscp, "cpuid": _cpuid,
+    "rdpkru": _rdpkru, "wrpkru": _wrpkru,
+    "rdfsbase": lambda step: _rdbase(step, "fs_base"), "rdgsbase": lambda step: _rdbase(step, "gs_base"),
+    "wrfsbase": lambda step: _wrbase(step, "fs_base"), "wrgsbase": lambda step: _wrbase(step, "gs_base"),
+    "swapgs": _swapgs, "syscall": syscall, "sysret": sysret, "iret": iret, "retf": retf, "int": int_n,
+}
+"""What is recognised and has no entry here is not implemented and not announced by CPUID: #UD."""
