@@ -244,11 +244,20 @@ def _with_fixups(insn: Instruction, decoded: CsInsn) -> Encoded:
     return Encoded(bytes(decoded.bytes), tuple(fixups))
 
 
+def _room(decoded: CsInsn, offset: int) -> int:
+    """Bytes of the placeholder at `offset`; 0 when there is none. (Capstone's disp_size is 2 under a 0x66 prefix.)"""
+    for placeholder, size in ((PLACEHOLDER64, 8), (PLACEHOLDER32, 8), (PLACEHOLDER32, 4)):
+        if offset and bytes(decoded.bytes[offset : offset + size]) == placeholder.to_bytes(size, "little"):
+            return size
+    return 0
+
+
 def _immediate_fixup(insn: Instruction, operand: Imm, decoded: CsInsn) -> Fixup:
-    size, offset = decoded.imm_size, decoded.imm_offset
-    if size == 8 and offset:
+    offset = decoded.imm_offset
+    size = _room(decoded, offset)
+    if size == 8:
         return Fixup(offset, RelocationType.R64, 8, operand.value)
-    if size == 4 and offset:
+    if size == 4 and decoded.imm_size == 4:
         target = insn.operands[0]
         width = REGISTER_SIZE.get(target.name) if isinstance(target, Reg) else getattr(target, "size", None)
         kind = RelocationType.R32 if width == 4 else RelocationType.R32S
@@ -257,7 +266,8 @@ def _immediate_fixup(insn: Instruction, operand: Imm, decoded: CsInsn) -> Fixup:
 
 
 def _memory_fixup(insn: Instruction, operand: Mem, decoded: CsInsn) -> Fixup:
-    size, offset = decoded.disp_size, decoded.disp_offset
+    offset = decoded.disp_offset
+    size = _room(decoded, offset)
     if operand.base == "rip" and size == 4:
         return Fixup(offset, RelocationType.PC32, 4, operand.displacement, offset - decoded.size)
     if size == 8:
