@@ -75,11 +75,13 @@ KERNEL_TEXT: Mapping[str, OopsText] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class KernelBuild:
-    """What a kernel says of itself. `preempt` is "", "PREEMPT" or "PREEMPT_RT"; `pti` None: built without it."""
+    """What a kernel says of itself. `build` is what follows the release: version and package.
+
+    `preempt` is "", "PREEMPT" or "PREEMPT_RT"; `pti` None: built without it.
+    """
 
     release: str
-    version: str = "#1"
-    package_id: str = ""
+    build: str = "#1"
     hardware: str = ""
     preempt: str = "PREEMPT"
     smp: bool = True
@@ -178,7 +180,7 @@ class _Printer:
         uid = f"UID: {task.uid} " if text.prints_uid else ""
         self.add(
             f"CPU: {task.cpu} {uid}PID: {task.pid} Comm: {task.comm[:20]} {print_tainted(tainted, text.taint_flags)}"
-            f" {build.release} {build.version} {build.package_id}"
+            f" {build.release} {build.build}"
         )
         if tainted and text.prints_tainted_verbose:
             self.add(print_tainted_verbose(tainted))
@@ -428,6 +430,13 @@ def stack_guard_lines(src: OopsSource, fault_address: int, info: StackInfo) -> t
     else:
         name, end = "", info.end - 1
     return (f"BUG: {name}stack guard page was hit at {fault_address:016x} (stack is {info.begin:016x}..{end:016x})",)
+
+
+def opcodes_line(src: OopsSource, state: OopsState, regs: PtRegs) -> str:
+    """The Code: line on its own, as show_signal_msg prints it."""
+    out = _Printer(src, state)
+    out.show_opcodes(regs)
+    return out.lines[0]
 
 
 def dump_stack(src: OopsSource, state: OopsState) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from emu.mmu.fault import PageFault
 
 ORACLE = Path(os.environ.get("VMEMU_ORACLE", Path(__file__).parents[3] / "shared" / "oracle"))
 HEX = "([0-9a-f]+)"
-_CPU = re.compile(r"CPU: (\d+) (?:UID: (\d+) )?PID: (\d+) Comm: (\S+) (Not tainted|Tainted: .{19}) (\S+) (\S+) (.*)$")
+_CPU = re.compile(r"CPU: (\d+) (?:UID: (\d+) )?PID: (\d+) Comm: (\S+) (Not tainted|Tainted: .{19}) (\S+) (.*)$")
 _PAIR = re.compile(rf"\b(R[A-Z0-9]{{2}}|EFLAGS|ORIG_RAX|CR[0-4]|CS|DS|ES): +(?:[0-9a-f]{{4}}:)?{HEX}(?![:+\w])")
 _SEGMENT_BASES = re.compile(rf"FS:  {HEX}\({HEX}\) GS:{HEX}\({HEX}\) knlGS:{HEX}$")
 
@@ -107,7 +107,7 @@ class Recorded:
         found = self.cpu_line()
         hardware = self.lines[self.index("Hardware name: ")].removeprefix("Hardware name: ")
         # The machine that was recorded restarts at once after a panic.
-        return KernelBuild(found[6], found[7], found[8], hardware, panic_timeout=-1)
+        return KernelBuild(found[6], found[7], hardware, panic_timeout=-1)
 
     def modules(self) -> list[str]:
         return self.lines[self.index("Modules linked in:")].split()[3:]

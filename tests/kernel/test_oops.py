@@ -143,7 +143,7 @@ def machine(version: str, *, task: Task = TASK, controls: Controls = CONTROLS, *
             return CODE[:size]
         raise PageFault(la, 0, 1, 0)
 
-    facts = KernelBuild("6.12.0", "#1", "vmemu", "QEMU", **build)  # type: ignore[arg-type]
+    facts = KernelBuild("6.12.0", "#1 vmemu", "QEMU", **build)  # type: ignore[arg-type]
     return OopsSource(KERNEL_TEXT[version], facts, task, read, lambda: controls, symbolize, lambda regs: TRACE, ("m(OE)", "n"))
 
 
