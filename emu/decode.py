@@ -145,7 +145,7 @@ _BOTH_ENDS_FIRST: Final = _names("fnsave frstor fnstenv fldenv")
 """The control word, then the last byte (measured on Intel)."""
 
 _XCOMP_BV: Final = 520
-"""Offset in the XSAVE area of what XRSTOR looks at first (measured); with XSTATE_BV clear it reads no more."""
+"""Offset in the XSAVE area of what XRSTOR looks at first (measured)."""
 
 _DESCRIPTOR_READERS: Final = _names("lar lsl verr verw lldt ltr lss lfs lgs lcall ljmp retf retfq iret iretd iretq")
 
@@ -345,7 +345,7 @@ def _with_implicit(
         case "retf" | "retfq":
             return _stack_read(far, far), _stack_read(0, far)  # measured: CS before RIP
         case "iret" | "iretd" | "iretq":
-            return tuple(_stack_read(n * far, far) for n in range(5))
+            return tuple(_stack_read(n * far, far) for n in (2, 1, 0, 3, 4))  # measured: RFLAGS, CS, RIP
         case "leave":
             return (_stack_read(0, width, "rbp"),)
         case "enter":
@@ -354,9 +354,7 @@ def _with_implicit(
             base = _register(insn, insn.operands[0].reg)
             return *operands, Operand(64, False, True, base, mask=prefixes.address_mask)
         case "xlatb":
-            return (
-                Operand(1, True, False, "rbx", "rax", 1, 0, prefixes.segment, prefixes.address_mask, index_mask=0xFF),
-            )
+            return (Operand(1, True, False, "rbx", "rax", 1, 0, prefixes.segment, prefixes.address_mask, index_mask=0xFF),)
         case "maskmovq" | "maskmovdqu":
             size = 16 if mnemonic == "maskmovdqu" else 8
             return (Operand(size, False, True, "rdi", segment=prefixes.segment, mask=prefixes.address_mask),)

@@ -5,7 +5,13 @@ asks for a write. CR2 to the byte and the W bit of the error code come from here
 
 What a real CPU does, measured in user mode (tests/test_cr2_hardware.py):
 - An operand that is read and written is asked for with the intent to write: W=1, and a read-only page fails at once.
-- An access that crosses into another page reports the first of its bytes that lies in the page that fails.
+- An access that crosses into another page reports the first of its bytes that lies in the page that fails; the lower
+  page is checked first, for the right to write too if the operand is written.
+- Several accesses are checked in the order of the operation: PUSH m and CALL m read the operand before they push, POP m
+  pops before it writes, MOVS reads before it writes. CMPS reads ES:RDI before DS:RSI, RETF reads CS before RIP, IRET
+  reads RFLAGS, CS, RIP; ENTER probes the final stack pointer last.
+- The large ones probe some bytes first: FXSAVE, FXRSTOR and XSAVE the last one, FNSTENV, FLDENV, FNSAVE and FRSTOR both
+  ends, XRSTOR the header.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ __all__ = [
     "decode",
     "descriptor_access",
     "fault",
+    "first_fault",
 ]
 
 PAGE_SIZE: Final = 4096
@@ -109,7 +116,7 @@ def descriptor_access(selector: int, gdt_base: int, ldt_base: int, size: int = 8
 def checks(memory_accesses: Sequence[MemoryAccess]) -> Iterator[MemoryAccess]:
     """The accesses cut at page boundaries: the translations the CPU needs, in the order in which it checks them.
 
-    The first whose page does not allow it is the page fault: CR2 is its `la` and W its `write`.
+    An access with `probes` comes in pieces that overlap; `size` of a piece is what lies in that page.
     """
     for access in memory_accesses:
         for offset, size in access.probes:
@@ -124,13 +131,24 @@ def _pages(access: MemoryAccess, la: int, size: int) -> Iterator[MemoryAccess]:
         la, size = (la + part) & MASK64, size - part
 
 
+def first_fault(memory_accesses: Sequence[MemoryAccess], allowed: Callable[[MemoryAccess], bool]) -> FaultAddress | None:
+    """The page fault that the CPU reports: the first of `checks` that `allowed` denies, None if none is.
+
+    This is the exact answer where several pages fail at once: Unicorn asks for pages in an order of its own.
+    """
+    for part in checks(memory_accesses):
+        if not allowed(part):
+            return FaultAddress(part.la, part.write, part.implicit, part.stack)
+    return None
+
+
 def fault(memory_accesses: Sequence[MemoryAccess], rip: int, page_la: int, access: int) -> FaultAddress:
     """Which byte is CR2, and is it a write, when page `page_la` failed for `access` (16 read, 17 write, 18 fetch).
 
     `memory_accesses` are those of the instruction at `rip`, empty if it could not be fetched or decoded. Of several
     accesses to the page, the first of that kind counts. A fetch reports `rip`, or the first byte of the page when the
-    instruction runs into it. A data access that none of `memory_accesses` explains (descriptor tables) reports the
-    first byte of the page.
+    instruction runs into it. A data access that none of `memory_accesses` explains is taken for an implicit one, to a
+    descriptor table, and reports the first byte of the page.
     """
     page_la &= _PAGE_MASK
     if access == _FETCH:
@@ -145,6 +163,6 @@ def fault(memory_accesses: Sequence[MemoryAccess], rip: int, page_la: int, acces
         second = second or part
     else:
         if second is None:
-            return FaultAddress(page_la, asks_write, False, False)
+            return FaultAddress(page_la, asks_write, True, False)
         part = second
     return FaultAddress(part.la, part.write or asks_write, part.implicit, part.stack)
