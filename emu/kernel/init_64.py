@@ -138,6 +138,15 @@ class InitMm(PageTable):
         if self.vmap_range_noflush(la, la + size, pa, prot, max_page_shift):
             raise MemoryError("RAM is too small for the kernel's page tables")
 
+    def cea_set_pte(self, la: int, pa: int, *, writable: bool) -> None:
+        """Map one page of the CPU entry areas, which no CPU has used yet: PAGE_KERNEL or _RO, global also with PTI.
+
+        Raises MemoryError without memory for a table. Source: v6.12 arch/x86/mm/cpu_entry_area.c cea_set_pte.
+        """
+        prots = make_pgprots(self.profile)
+        if isinstance(self.set_pte(la, pa | (prots.kernel if writable else prots.kernel_ro)), int):
+            raise MemoryError("RAM is too small for the CPU entry areas' page tables")
+
     def preallocate_vmalloc_pages(self) -> None:
         """Populate every top-level entry of the vmalloc region, so that no mm's PGD ever lacks one.
 

@@ -245,9 +245,21 @@ def test_set_pte_owes_a_flush_only_when_the_old_entry_was_present():
     assert floor.mm.set_pte(CPU_ENTRY_AREA_BASE + 0x1000, 0x5121) == NOTHING_TO_FLUSH
     expected = recorded_walk("main-6.12-4l", "cpu_entry_area")
     assert flags(floor.mm.lookup(CPU_ENTRY_AREA_BASE + 0x1000))[:3] == recorded_flags(expected)[:3]
-    assert floor.mm.set_pte(CPU_ENTRY_AREA_BASE + 0x1000, 0) == FlushRange(CPU_ENTRY_AREA_BASE + 0x1000, CPU_ENTRY_AREA_BASE + 0x2000)
+    owed = floor.mm.set_pte(CPU_ENTRY_AREA_BASE + 0x1FFF, 0)
+    assert owed == FlushRange(CPU_ENTRY_AREA_BASE + 0x1000, CPU_ENTRY_AREA_BASE + 0x2000)
     floor.pages.should_fail = lambda gfp, order: True
     assert floor.mm.set_pte(CPU_ENTRY_AREA_BASE + GIB, 0x5121) == -errno.ENOMEM
+
+
+@pytest.mark.parametrize(
+    ("file", "profile", "pti"), [("main-6.12-4l", V6_12, False), ("main-6.1-4l", V6_1, False), ("pti-6.12-4l", V6_12, True)]
+)
+def test_cpu_entry_area_pages_have_the_recorded_entries_global_even_with_isolation(file, profile, pti):
+    floor = make_floor(profile=profile, pti=pti)
+    floor.mm.cea_set_pte(CPU_ENTRY_AREA_BASE + 0x1000, 0x5000, writable=False)
+    assert flags(floor.mm.lookup(CPU_ENTRY_AREA_BASE + 0x1000)) == recorded_flags(recorded_walk(file, "cpu_entry_area"))
+    floor.mm.cea_set_pte(CPU_ENTRY_AREA_BASE + 0x2000, 0x6000, writable=True)
+    assert floor.mm.lookup(CPU_ENTRY_AREA_BASE + 0x2000).entry == 0x8000000000006163
 
 
 def test_a_flush_debt_is_paid_once_to_the_right_call():
