@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from emu.kernel.oops import CUT_HERE, Controls, KernelBuild, Task
+from emu.kernel.oops import CUT_HERE, KERNEL_TEXT, Controls, KernelBuild, OopsSource, OopsState, Task
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.taint import TAINT_FLAGS, Taint
 from emu.kernel.unwind import StackSection, StackType, TraceLine
@@ -27,8 +27,8 @@ _PAIR = re.compile(rf"\b(R[A-Z0-9]{{2}}|EFLAGS|ORIG_RAX|CR[0-4]|CS|DS|ES): +(?:[
 _SEGMENT_BASES = re.compile(rf"FS:  {HEX}\({HEX}\) GS:{HEX}\({HEX}\) knlGS:{HEX}$")
 
 
-def messages(version: str) -> list[str]:
-    path = ORACLE / "messages" / f"faults-{version}-4l.txt.gz"
+def messages(version: str, log: str = "faults") -> list[str]:
+    path = ORACLE / "messages" / f"{log}-{version}-4l.txt.gz"
     if not path.exists():
         pytest.skip(f"no recorded messages at {path}")
     # The serial console ended its lines with CR LF.
@@ -185,3 +185,36 @@ def reports(lines: list[str]) -> Iterator[Recorded]:
                     end += 1
         yield Recorded(lines[at : end + 1], symbols)
         at = end + 1
+
+
+def source(version: str, recorded: Recorded, registers_at: list[int]) -> OopsSource:
+    """Facts of a recorded report; controls() answers from each register block in turn."""
+    blocks = iter(registers_at)
+    trace = recorded.trace()
+    return OopsSource(
+        text=KERNEL_TEXT[version],
+        build=recorded.build(),
+        task=recorded.task(),
+        read=recorded.symbols.read,
+        controls=lambda: recorded.controls(next(blocks)),
+        symbolize=recorded.symbols.symbolize,
+        trace=lambda regs: trace,
+        modules=recorded.modules() if any(line.startswith("Modules") for line in recorded.lines) else (),
+    )
+
+
+def prepare_oops(version: str, recorded: Recorded, state: OopsState) -> tuple[OopsSource, PtRegs]:
+    """The facts and registers of a recorded oops, ready to be printed as the next one of the log that `state` is at."""
+    first = recorded.index("RIP: ")
+    end = recorded.index("---[ end trace")
+    summary = recorded.index("RIP: ", end)
+    regs = recorded.regs(first)
+    summary_regs = recorded.regs(summary)
+    if state.exec_summary_regs is None:
+        recorded.symbols.texts[regs.ip] = recorded.symbols.texts[summary_regs.ip]
+    else:
+        # The summary's registers must be those of the first oops of the log, not what this block says.
+        remembered = state.exec_summary_regs
+        recorded.symbols.texts[remembered.ip] = recorded.symbols.texts[summary_regs.ip]
+        recorded.symbols.code[remembered.ip - 42] = recorded.symbols.code[summary_regs.ip - 42]
+    return source(version, recorded, [first, summary]), regs

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from recorded_oops import Recorded, messages, reports
+from recorded_oops import Recorded, messages, prepare_oops, reports, source
 
 from emu.kernel.oops import (
     CUT_HERE,
@@ -34,22 +34,6 @@ HEADER = re.compile(r"(?:Oops: )?(.*): ([0-9a-f]{4}) \[#(\d+)\] PREEMPT SMP NOPT
 TASK = Task("vmemu", 42, 1)
 
 
-def source(version: str, recorded: Recorded, registers_at: list[int]) -> OopsSource:
-    """Facts of a recorded report; controls() answers from each register block in turn."""
-    blocks = iter(registers_at)
-    trace = recorded.trace()
-    return OopsSource(
-        text=KERNEL_TEXT[version],
-        build=recorded.build(),
-        task=recorded.task(),
-        read=recorded.symbols.read,
-        controls=lambda: recorded.controls(next(blocks)),
-        symbolize=recorded.symbols.symbolize,
-        trace=lambda regs: trace,
-        modules=recorded.modules() if any(line.startswith("Modules") for line in recorded.lines) else (),
-    )
-
-
 def replay_warn(version: str, recorded: Recorded, state: OopsState) -> tuple[str, ...]:
     at = recorded.index("RIP: ")
     place = recorded.index("WARNING: ")
@@ -66,25 +50,15 @@ def replay_die(version: str, recorded: Recorded, state: OopsState) -> OopsReport
     header_at = next(i for i, line in enumerate(recorded.lines) if HEADER.match(line))
     header = HEADER.match(recorded.lines[header_at])
     assert header
-    first = recorded.index("RIP: ")
-    end = recorded.index("---[ end trace")
-    summary = recorded.index("RIP: ", end)
-    regs = recorded.regs(first)
-    summary_regs = recorded.regs(summary)
-    if state.exec_summary_regs is None:
-        recorded.symbols.texts[regs.ip] = recorded.symbols.texts[summary_regs.ip]
-    else:
-        # The summary's registers must be those of the first oops of the log, not what this block says.
-        remembered = state.exec_summary_regs
-        recorded.symbols.texts[remembered.ip] = recorded.symbols.texts[summary_regs.ip]
-        recorded.symbols.code[remembered.ip - 42] = recorded.symbols.code[summary_regs.ip - 42]
+    src, regs = prepare_oops(version, recorded, state)
+    first, end = recorded.index("RIP: "), recorded.index("---[ end trace")
     modules = recorded.index("Modules linked in:", first)
     context = DieContext(
         irqs_disabled=any(line.endswith("irqs disabled") for line in recorded.lines),
         in_interrupt=any("in interrupt" in line for line in recorded.lines),
     )
     return die(
-        source(version, recorded, [first, summary]),
+        src,
         state,
         header[1],
         regs,
