@@ -173,6 +173,14 @@ def _modrm_length(opcode: bytes) -> int:
     return 2 + sib + {0: 0, 1: 1, 2: 4}[mod]
 
 
+@dataclass(slots=True)
+class _Context:
+    """The innermost frame not yet left: start of its function, and RBP as far as it is known."""
+
+    function: int | None
+    bp: int
+
+
 @dataclass(frozen=True, slots=True)
 class Unwinder:
     """What is needed to walk stacks: reads that give None outside mapped memory, symbols, and optional knowledge.
@@ -201,23 +209,23 @@ class Unwinder:
             bp = saved
         return frozenset(slots)
 
-    def _scan(self, sp: int, stack: StackInfo, ip: int, bp: int) -> Iterator[TraceLine | PtRegs]:
-        chain = self._frame_pointer_slots(bp, stack)
-        inner = function_start(self.symbolize, ip)
+    def _scan(self, sp: int, stack: StackInfo, context: _Context) -> Iterator[TraceLine | PtRegs]:
+        chain = self._frame_pointer_slots(context.bp, stack)
         slot = sp
         while slot + 8 <= stack.end:
             regs = self.entry_regs.get(slot)
             if regs is not None:
                 yield regs
-                chain = chain | self._frame_pointer_slots(regs.bp, stack)
-                inner = function_start(self.symbolize, regs.ip)
+                context.bp = regs.bp
+                context.function = function_start(self.symbolize, regs.ip)
+                chain |= self._frame_pointer_slots(regs.bp, stack)
                 slot += PT_REGS_SIZE
                 continue
             la = self._word(slot)
             if la is not None and self.is_kernel_text(la):
-                reliable = self._vouch(slot, la, inner, chain)
+                reliable = self._vouch(slot, la, context.function, chain)
                 if reliable:
-                    inner = function_start(self.symbolize, la - 1)
+                    context.function = function_start(self.symbolize, la - 1)
                 yield TraceLine(la, reliable)
             slot += 8
 
@@ -236,6 +244,7 @@ class Unwinder:
         A pointer off every stack is rounded up to the next page once: that is how an overflowed stack is still shown
         (v6.12 dumpstack.c: __show_trace_log_lvl). Each stack is visited once.
         """
+        context = _Context(function_start(self.symbolize, ip), bp)
         sections: list[StackSection] = []
         visited: set[StackType] = set()
         while sp:
@@ -247,7 +256,7 @@ class Unwinder:
             if info is None or info.type in visited:
                 break
             visited.add(info.type)
-            sections.append(StackSection(info.type, tuple(self._scan(sp, info, ip, bp))))
+            sections.append(StackSection(info.type, tuple(self._scan(sp, info, context))))
             sp = info.next_sp
         return tuple(sections)
 
