@@ -1,5 +1,6 @@
 """The MMU as the CPU uses it: fills, Python-side accesses, registers."""
 
+import contextlib
 import random
 import sys
 from pathlib import Path
@@ -173,6 +174,11 @@ def test_fills_agree_with_the_walker_over_the_product_of_rights_and_registers(mo
         )
         mmu.read_ac = lambda ac=setting.ac: ac
         la = permissions.LA[setting.levels]
+        if case.leaf == 1 and rng.getrandbits(1):
+            # The neighbour's walk caches the tables, so that the page itself is looked up by the hot path.
+            memory.write_u64(permissions.slots(setting.levels)[-1] + 8, permissions.FRAME + 0x1000 | OPEN)
+            with contextlib.suppress(PageFault):
+                mmu.translate(la + 0x1000, X)
         accesses = [R, W] if setting.kind == permissions.IMPLICIT else [R, W, X]
         rng.shuffle(accesses)
         for access in accesses * 2:  # what a fault drops and a hit serves must agree too

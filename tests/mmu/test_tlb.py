@@ -166,6 +166,24 @@ def test_a_fault_on_a_stale_entry_comes_from_the_entry_and_drops_it() -> None:
     assert pa(mmu, access=W) == OLD, "a spurious fault does not recur (SDM 4.10.4.1)"
 
 
+def test_a_fault_on_a_stale_global_entry_drops_it_too() -> None:
+    mmu, tables = machine(flags=(OPEN & ~RW) | G)
+    pa(mmu)
+    tables.change(LA, 1, set_=RW)
+    with pytest.raises(PageFault):
+        pa(mmu, access=W)
+    assert pa(mmu, access=W) == OLD
+
+
+def test_a_rewalk_for_d_replaces_the_entry_whatever_size_it_had() -> None:
+    mmu, tables = machine(flags=(OPEN & ~D) | G, level=2)
+    pa(mmu)
+    tables.memory.write_u64(tables.entry_pa(LA, 2), 0)
+    tables.map(LA, NEW)
+    assert pa(mmu, access=W) == NEW
+    assert [(entry.level, entry.pcid) for entry in mmu.listing()] == [(Level.PTE, 0)]
+
+
 def test_xd_of_a_cached_entry_does_not_count_while_nxe_is_clear() -> None:
     mmu, _ = machine(flags=OPEN | XD)
     pa(mmu)
@@ -390,6 +408,18 @@ def test_a_finite_structure_cache_forgets_the_oldest_table() -> None:
         tables.map(LA + (number << 21), OLD)
         pa(mmu, LA + (number << 21))
     assert [la for _, level, la, _, _ in mmu.tlb.tables() if level == 2] == [LA + (1 << 21), LA + (2 << 21)]
+    mmu.validate()
+
+
+def test_a_finite_structure_cache_refills_an_invalidated_way_before_it_evicts() -> None:
+    tables = Tables()
+    mmu = Mmu(tables.memory, Tlb("finite", Geometry(pde=2)))
+    mmu.reset(cr3=ROOT)
+    for number in range(4):
+        tables.map(LA + (number << 21), OLD)
+        pa(mmu, LA + (number << 21))
+        mmu.invlpg(LA)
+    assert list(mmu.tlb.tables()) == []
     mmu.validate()
 
 
