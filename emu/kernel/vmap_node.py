@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from emu.kernel.profile import Profile
 from emu.kernel.vmap_area import PAGE_SHIFT, PAGE_SIZE, Report, VmapArea, VmapAreaCache, VmapAreaTree
 
 # A pool for each size of 1 to 256 pages, guard page included.
@@ -38,6 +39,11 @@ class VmapDesign:
 
 V6_12 = VmapDesign(sharded=True, merges_lazy=False, drain_rechecks=False)
 V6_1 = VmapDesign(sharded=False, merges_lazy=True, drain_rechecks=True)
+
+
+def design_of(profile: Profile) -> VmapDesign:
+    """The handling of areas in a kernel version."""
+    return V6_12 if profile.max_vmap_nodes else V6_1
 
 
 class Cpus(Protocol):

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from emu.kernel.gfp import GFP_KERNEL
+from emu.kernel.init_64 import InitMm, setup_kernel_memory
+from emu.kernel.layout import make_layout
+from emu.kernel.page_alloc import PageAllocator
+from emu.kernel.profile import V6_12, Profile
 from emu.kernel.purge import VmapSpace
-from emu.kernel.vmap_node import VmapDesign
+from emu.kernel.slab import Slab
+from emu.kernel.vmalloc import Vmalloc
+from emu.kernel.vmap import Vmap
+from emu.kernel.vmap_block import VmapBlocks
+from emu.kernel.vmap_node import VmapDesign, design_of
+from emu.memory import Memory
 
 VMALLOC_START = 0xFFFFC90000000000
 VMALLOC_END = 0xFFFFE8FFFFFFFFFF
@@ -51,3 +63,80 @@ def space(design: VmapDesign, cpus: int = 1) -> tuple[VmapSpace, Machine]:
     made = VmapSpace(design, (VMALLOC_START, VMALLOC_END), machine, machine, machine, machine)
     made.init_free_space([])
     return made, machine
+
+
+@dataclass
+class Task(Machine):
+    """A Machine that is also the context of a kernel task, with memory behind it."""
+
+    in_interrupt: bool = False
+    in_nmi: bool = False
+    fatal_signal_pending: bool = False
+    bugs: list[str] = field(default_factory=list)
+    warn_allocs: list[tuple[int, str]] = field(default_factory=list)
+    timeouts: int = 0
+    mm: InitMm | None = None
+
+    def bug(self, function: str, text: str = "") -> None:
+        self.bugs.append(function)
+
+    def warn_alloc(self, gfp: int, text: str) -> None:
+        self.warn_allocs.append((gfp, text))
+
+    def _pa(self, la: int) -> int:
+        pa = self.mm.to_pa(la)
+        if pa is None:
+            raise LookupError(f"page fault at {la:#x}")
+        return pa
+
+    def load(self, la: int) -> int:
+        return self.mm.memory.read_u64(self._pa(la))
+
+    def store(self, la: int, value: int) -> None:
+        self.mm.memory.write_u64(self._pa(la), value)
+
+    def schedule_timeout_uninterruptible(self, ticks: int) -> None:
+        self.timeouts += ticks
+
+
+@dataclass
+class Kernel:
+    task: Task
+    mm: InitMm
+    pages: PageAllocator
+    slab: Slab
+    space: VmapSpace
+    vmalloc: Vmalloc
+    vmap: Vmap
+    blocks: VmapBlocks
+
+    def frames(self, count: int) -> np.ndarray:
+        """Frames of their own for a mapping."""
+        return np.array([self.pages.alloc_pages(GFP_KERNEL) for _ in range(count)], dtype=np.int64)
+
+    def validate(self) -> None:
+        self.vmalloc.validate()
+        self.blocks.validate()
+        self.pages.validate()
+        self.slab.validate()
+
+    def addresses(self, kind: str) -> list[tuple[int, int]]:
+        """Ranges of all "busy" or "lazy" areas."""
+        return [(va.va_start, va.va_end) for node in self.space.nodes.nodes for va in getattr(node, kind)]
+
+
+def kernel(
+    profile: Profile = V6_12, *, size: int = 64 << 20, nodes: int = 1, cpus: int = 1, levels: int = 4
+) -> Kernel:
+    """A booted kernel with an empty vmalloc region."""
+    memory = Memory(size, nodes)
+    layout = make_layout(levels, memory_size=size)
+    task = Task(possible=cpus, online=cpus)
+    floor = setup_kernel_memory(memory, layout, profile, task)
+    task.mm = floor.init_mm
+    slab = Slab(floor.pages, layout)
+    bounds = (layout.vmalloc_start, layout.vmalloc_end)
+    made = VmapSpace(design_of(profile), bounds, task, task, task, task)
+    vmalloc = Vmalloc(made, floor.init_mm, slab, task, task)
+    vmalloc.vmalloc_init()
+    return Kernel(task, floor.init_mm, floor.pages, slab, made, vmalloc, Vmap(vmalloc), VmapBlocks(vmalloc))
