@@ -153,6 +153,8 @@ class OopsSource:
     trace: Callable[[PtRegs | None], Sequence[StackSection]]
     modules: Sequence[str] = ()
     last_unloaded: str = ""
+    pointer: Callable[[int], str] = "{:016x}".format
+    """How %p prints an address: in full as with no_hash_pointers, or hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,10 +385,17 @@ def _end_of_task(out: _Printer, context: DieContext) -> str | None:
     return message
 
 
-def panic(src: OopsSource, state: OopsState, message: str, *, before: Iterable[str] = ()) -> OopsReport:
-    """panic(): the message, a stack dump unless an oops came before it, and the kernel offset."""
+def panic(
+    src: OopsSource, state: OopsState, message: str, *, before: Iterable[str] = (), regs: PtRegs | None = None
+) -> OopsReport:
+    """panic(): the message, a stack dump unless an oops came before it, and the kernel offset.
+
+    `before` are lines printed ahead of it; with `regs` show_regs() follows them.
+    """
     out = _Printer(src, state)
     out.add(*before)
+    if regs is not None:
+        out.show_regs(regs)
     out.panic(message)
     return OopsReport(tuple(out.lines), message)
 
@@ -424,12 +433,13 @@ def bug_lines(src: OopsSource, regs: PtRegs, file: str = "", line: int = 0) -> t
 
 
 def stack_guard_lines(src: OopsSource, fault_address: int, info: StackInfo) -> tuple[str, ...]:
-    """The line handle_stack_overflow prints first. Addresses are printed in full (no_hash_pointers)."""
+    """The line handle_stack_overflow prints first; all its addresses are %p."""
     if src.text.stack_guard_names_stack:
         name, end = f"{stack_type_name(info.type)} ", info.end
     else:
         name, end = "", info.end - 1
-    return (f"BUG: {name}stack guard page was hit at {fault_address:016x} (stack is {info.begin:016x}..{end:016x})",)
+    hit, begin, last = (src.pointer(la) for la in (fault_address, info.begin, end))
+    return (f"BUG: {name}stack guard page was hit at {hit} (stack is {begin}..{last})",)
 
 
 def opcodes_line(src: OopsSource, state: OopsState, regs: PtRegs) -> str:

@@ -192,6 +192,8 @@ class TrapRules:
     """#DF, int3 and the like count as interrupts; before v5.8 they only disabled preemption, so the task alone dies."""
     overflow_names_fault: bool = False
     """The header of a stack overflow says which fault found it: before v5.16."""
+    df_debug: bool = False
+    """A #DF that is no stack overflow shows its registers and panics, without an oops: before v5.8."""
     power_saving_line: bool = False
     """An unknown NMI asks for a strange power saving mode: until v6.0."""
 
@@ -199,9 +201,13 @@ class TrapRules:
 TRAP_RULES = {
     "6.12": TrapRules(),
     "6.1": TrapRules(),
-    # v5.4 prints a plain #DF from df_debug(), without an oops header; that text is not modelled, 6.x's is used.
     "5.4": TrapRules(
-        gp_hint=False, split_lock=False, nmi_context=False, overflow_names_fault=True, power_saving_line=True
+        gp_hint=False,
+        split_lock=False,
+        nmi_context=False,
+        overflow_names_fault=True,
+        df_debug=True,
+        power_saving_line=True,
     ),
 }
 
@@ -248,9 +254,11 @@ class Die:
 
 @dataclass(frozen=True, slots=True)
 class Panic:
-    """The machine stops at once."""
+    """The machine stops at once; `lines`, and with `shows_regs` the registers, come before the panic's own."""
 
     message: str
+    lines: tuple[str, ...] = ()
+    shows_regs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +414,8 @@ def _double_fault(facts: TrapFacts, regs: PtRegs, error: int, cr2: int) -> Actio
     if info is not None:
         return stack_overflow(facts.version, info, cr2, _nmi_like(facts), double_fault=True)
     lines = (f"PANIC: double fault, error_code: 0x{error:x}",)
+    if facts.rules.df_debug:
+        return Panic("Machine halted.", lines, shows_regs=True)
     return Die("double fault", error, _nmi_like(facts), lines)
 
 
@@ -474,8 +484,8 @@ def report(src: OopsSource, state: OopsState, action: Action, regs: PtRegs) -> O
             return OopsReport(lines)
         case Warn(bug=bug):
             return warn(src, state, regs, file=bug.file, line=bug.line, message=bug.message)
-        case Panic(message=message):
-            return panic(src, state, message)
+        case Panic(message=message, lines=lines, shows_regs=shows_regs):
+            return panic(src, state, message, before=lines, regs=regs if shows_regs else None)
         case HandlePageFault():
             raise ValueError("a page fault is reported by emu.kernel.fault")
         case Die():

@@ -244,6 +244,12 @@ def test_a_panic_without_an_oops_dumps_the_stack_and_names_the_kaslr_offset() ->
     )
 
 
+def test_a_panic_with_registers_shows_them_first() -> None:
+    lines = panic(machine("5.4"), OopsState(), "Machine halted.", before=["PANIC: double fault"], regs=REGS).lines
+    assert (lines[0], lines[3]) == ("PANIC: double fault", "RIP: 0010:f+0x37/0x50 [m]")
+    assert lines.index("Kernel panic - not syncing: Machine halted.") > lines.index("Call Trace:")
+
+
 def test_a_user_mode_frame_shows_its_own_segment_bases_and_no_trace() -> None:
     lines = die(machine("6.12"), OopsState(), "Oops", replace(REGS, cs=0x33, ss=0x2B), 5, DieContext()).lines
     assert "FS:  0000000000000000 GS:  0000000000000000" in lines
@@ -260,6 +266,8 @@ def test_the_stack_guard_line_of_5_4_gives_the_last_byte_and_no_name() -> None:
     head = "stack guard page was hit at ffffc90000007ff8 (stack is ffffc90000008000..ffffc9000000"
     assert stack_guard_lines(machine("6.1"), 0xFFFFC90000007FF8, info) == (f"BUG: TASK {head}c000)",)
     assert stack_guard_lines(machine("5.4"), 0xFFFFC90000007FF8, info) == (f"BUG: {head}bfff)",)
+    hashed = replace(machine("6.1"), pointer=lambda la: "P")
+    assert stack_guard_lines(hashed, 0, info) == ("BUG: TASK stack guard page was hit at P (stack is P..P)",)
 
 
 def test_a_split_lock_oops_breaks_its_header_line_as_the_kernel_does() -> None:

@@ -217,6 +217,11 @@ def test_a_double_fault_with_cr2_in_a_guard_page_is_a_stack_overflow() -> None:
     assert handle_trap(OLD, Trap.DF, KERNEL, 0, cr2) == old
 
 
+def test_any_other_double_fault_of_5_4_shows_registers_and_panics() -> None:
+    lines = ("PANIC: double fault, error_code: 0x0",)
+    assert handle_trap(OLD, Trap.DF, KERNEL, 0, 0x1000) == Panic("Machine halted.", lines, shows_regs=True)
+
+
 def test_an_unknown_nmi_is_dazed_and_confused() -> None:
     first = "Uhhuh. NMI received for unknown reason 00 on CPU 1."
     last = "Dazed and confused, but trying to continue"
