@@ -1,16 +1,14 @@
 """The kernel log (v6.12 kernel/printk/printk.c).
 
 A printk call makes a record; a record of several lines is stored as several LogLines. Levels come as KERN_SOH and a digit
-at the start of the text, 'c' continues the line before.
+at the start of the text, 'c' continues the line before. Formats are emu.kernel.vsprintf's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
-
-from emu.kernel.vsprintf import Formatter, NextArgument
 
 KERN_SOH = "\x01"
 # Longest text of a record; the rest is cut.
@@ -47,7 +45,7 @@ class LogLine:
         return f"[{seconds:5d}.{rest // 1000:06d}] {self.text}"
 
 
-class Log:
+class KernelLog:
     """The log of one machine. `now` gives its time in nanoseconds; `on_line` is told of each line as it is stored.
 
     A line that KERN_CONT makes longer is told of again, whole.
@@ -55,12 +53,10 @@ class Log:
 
     def __init__(
         self,
-        formatter: Formatter,
         *,
         now: Callable[[], int] = lambda: 0,
         on_line: Callable[[LogLine], None] | None = None,
     ) -> None:
-        self.formatter = formatter
         self.now = now
         self.on_line = on_line
         self.lines: list[LogLine] = []
@@ -87,9 +83,10 @@ class Log:
         if self.on_line is not None:
             self.on_line(line)
 
-    def printf(self, fmt: str, next_argument: NextArgument) -> int:
-        """printk(fmt, ...): format, then store; returns the length."""
-        return self.printk(self.formatter.format(fmt, next_argument))
+    def print_lines(self, lines: Iterable[str], level: LogLevel = MESSAGE_LOGLEVEL_DEFAULT) -> None:
+        """Store whole lines, such as those of an oops."""
+        for line in lines:
+            self.log(level, line)
 
     def log(self, level: LogLevel, text: str) -> None:
         """Store a text of the kernel's own at `level`."""

@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from emu.kernel.gfp import GFP_DMA32, GFP_KERNEL, Gfp, gfp_text
-from emu.kernel.printk import KERN_SOH, Log, LogLevel
+from emu.kernel.printk import KERN_SOH, KernelLog, LogLevel
 from emu.kernel.vsprintf import Formatter
 
 MEMORY = {
@@ -137,7 +137,7 @@ def test_gfp_texts_take_the_widest_names_first():
 
 
 def test_a_line_keeps_its_level_and_a_newline_ends_it():
-    log = Log(formatter(), now=lambda: 1_234_567_890)
+    log = KernelLog(now=lambda: 1_234_567_890)
     log.printk(KERN_SOH + "3out of memory\n")
     log.printk("no level\n")
     assert [(line.level, line.text) for line in log.lines] == [(LogLevel.ERR, "out of memory"), (LogLevel.WARNING, "no level")]
@@ -145,7 +145,7 @@ def test_a_line_keeps_its_level_and_a_newline_ends_it():
 
 
 def test_kern_cont_continues_an_open_line_only():
-    log = Log(formatter())
+    log = KernelLog()
     log.printk("one")
     log.printk(KERN_SOH + "c two\n")
     log.printk(KERN_SOH + "cthree\n")
@@ -154,14 +154,15 @@ def test_kern_cont_continues_an_open_line_only():
 
 def test_an_embedded_newline_makes_two_lines_and_long_records_are_cut():
     lines = []
-    log = Log(formatter(), on_line=lines.append)
+    log = KernelLog(on_line=lines.append)
     assert log.printk("a\nb\n") == 4
     log.printk("x" * 5000)
     assert [len(line.text) for line in lines] == [1, 1, 1024]
 
 
-def test_printf_formats_and_stores():
-    log = Log(formatter())
-    values = iter([0x10000, 5])
-    assert log.printf("%s %d\n", lambda: next(values)) == 8
-    assert log.text() == "hello 5\n"
+def test_lines_of_the_kernels_own_are_stored_one_by_one():
+    log = KernelLog()
+    log.printk("open")
+    log.print_lines(("BUG: unable to handle page fault", "#PF: supervisor write access"), LogLevel.ALERT)
+    assert log.text() == "open\nBUG: unable to handle page fault\n#PF: supervisor write access\n"
+    assert log.lines[-1].level == LogLevel.ALERT
