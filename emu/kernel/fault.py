@@ -8,7 +8,7 @@ vmalloc_fault returns the entry to copy, because only the page-table writer may 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from emu.descriptors import TableRegister, decode_system_segment
@@ -150,6 +150,8 @@ class FaultFacts:
     tables: SystemTables | None = None
     core: int = 0
     socket: int = 0
+    context: DieContext = field(default_factory=DieContext)
+    """in_interrupt and preempt_count of the interrupted code."""
 
     @property
     def rules(self) -> FaultRules:
@@ -316,11 +318,11 @@ def _stack_guard(facts: FaultFacts, address: int) -> StackInfo | None:
 
 def page_fault_oops(facts: FaultFacts, regs: PtRegs, error: int, address: int, *, irqs_disabled: bool) -> FaultOutcome:
     """page_fault_oops (v5.4: no_context behind the exception table): stack overflow, or a plain oops."""
-    context = DieContext(irqs_disabled=irqs_disabled, signal=SIGKILL)
+    context = replace(facts.context, irqs_disabled=irqs_disabled, signal=SIGKILL)
     if not regs.user_mode:
         info = _stack_guard(facts, address)
         if info is not None:
-            overflow = DieContext(irqs_disabled=irqs_disabled, signal=SIGSEGV)
+            overflow = replace(context, signal=SIGSEGV)
             return stack_overflow(facts.version, info, address, overflow, double_fault=False)
     lines = show_fault_oops(facts, regs, error, address)
     if facts.stack_end_corrupted:
@@ -374,7 +376,7 @@ def do_user_addr_fault(facts: FaultFacts, regs: PtRegs, error: int, address: int
     if error & PfError.RSVD:
         line = f"{facts.task.comm}: Corrupted page table at address {address:x}"
         lines = (line, *dump_pagetable(facts.entries, facts.levels))
-        context = DieContext(irqs_disabled=True, signal=SIGKILL)
+        context = replace(facts.context, irqs_disabled=True, signal=SIGKILL)
         return FaultOops(lines, "Bad pagetable", error, address, context, shows_cr2=False)
     if facts.smap and not error & PfError.U and not regs.flags & X86_EFLAGS_AC:
         # A kernel access without STAC.

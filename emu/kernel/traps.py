@@ -8,7 +8,7 @@ Page faults go on to emu/kernel/fault.py. #VC and #VE exist only in encrypted gu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from emu.descriptors import Gate, encode_gate
@@ -303,6 +303,8 @@ class TrapFacts:
     levels: int = 4
     handles_signal: Callable[[int], bool] = lambda signal: False
     cr0_ts: bool = False
+    context: DieContext = field(default_factory=DieContext)
+    """in_interrupt and preempt_count of the interrupted code."""
 
     @property
     def rules(self) -> TrapRules:
@@ -331,16 +333,16 @@ def pushes_error_code(vector: int) -> bool:
     return vector in _PUSHES_ERROR
 
 
-def _process(regs: PtRegs) -> DieContext:
+def _process(facts: TrapFacts, regs: PtRegs) -> DieContext:
     """Handlers that run cond_local_irq_enable before they die."""
-    return DieContext(irqs_disabled=not regs.flags & X86_EFLAGS_IF)
+    return replace(facts.context, irqs_disabled=not regs.flags & X86_EFLAGS_IF)
 
 
 def _nmi_like(facts: TrapFacts) -> DieContext:
     """Handlers under irqentry_nmi_enter (v5.4: ist_enter)."""
     if facts.rules.nmi_context:
-        return DieContext(irqs_disabled=True, in_interrupt=True)
-    return DieContext(irqs_disabled=True, preempt_count=1)
+        return replace(facts.context, irqs_disabled=True, in_interrupt=True)
+    return replace(facts.context, irqs_disabled=True, preempt_count=facts.context.preempt_count + 1)
 
 
 def show_signal(facts: TrapFacts, regs: PtRegs, signal: int, kind: str, description: str, error: int) -> tuple[str, ...]:
@@ -377,7 +379,7 @@ def _invalid_op(facts: TrapFacts, regs: PtRegs) -> Action:
     if entry.warning:
         behind = regs.ip + 2
         return Resume(behind) if entry.once and facts.warned(entry) else Warn(entry, behind)
-    return Die("invalid opcode", 0, _process(regs), bug=entry)
+    return Die("invalid opcode", 0, _process(facts, regs), bug=entry)
 
 
 def _error_trap(facts: TrapFacts, vector: int, regs: PtRegs, error: int) -> Action:
@@ -388,7 +390,7 @@ def _error_trap(facts: TrapFacts, vector: int, regs: PtRegs, error: int) -> Acti
     fixed = facts.fixup(regs.ip)
     if fixed is not None and vector != Trap.BR:
         return Resume(fixed)
-    return Die(description, error, _process(regs))
+    return Die(description, error, _process(facts, regs))
 
 
 def _general_protection(facts: TrapFacts, regs: PtRegs, error: int) -> Action:
@@ -398,7 +400,7 @@ def _general_protection(facts: TrapFacts, regs: PtRegs, error: int) -> Action:
     if fixed is not None:
         return Resume(fixed)
     access = None if error else facts.gp_access(regs)
-    return Die(gp_description(facts.version, error, access, facts.levels), error, _process(regs))
+    return Die(gp_description(facts.version, error, access, facts.levels), error, _process(facts, regs))
 
 
 def stack_overflow(version: str, info: StackInfo, address: int, context: DieContext, *, double_fault: bool) -> Die:
@@ -430,7 +432,7 @@ def _math_error(facts: TrapFacts, regs: PtRegs, description: str) -> Action:
     if regs.user_mode:
         return Signal(SIGFPE, 0, regs.ip)
     fixed = facts.fixup(regs.ip)
-    return Resume(fixed) if fixed is not None else Die(description, 0, _process(regs))
+    return Resume(fixed) if fixed is not None else Die(description, 0, _process(facts, regs))
 
 
 def handle_trap(facts: TrapFacts, vector: int, regs: PtRegs, error: int = 0, cr2: int = 0) -> Action:
@@ -441,7 +443,7 @@ def handle_trap(facts: TrapFacts, vector: int, regs: PtRegs, error: int = 0, cr2
         return _invalid_op(facts, regs)
     if vector == Trap.AC and not regs.user_mode and facts.rules.split_lock:
         # The line end is the kernel's; it dies before interrupts are enabled.
-        return Die("Split lock detected\n", error, DieContext(irqs_disabled=True))
+        return Die("Split lock detected\n", error, replace(facts.context, irqs_disabled=True))
     if vector in _ERROR_TRAPS:
         return _error_trap(facts, vector, regs, error)
     match vector:
@@ -474,7 +476,7 @@ def _device_not_available(facts: TrapFacts, regs: PtRegs) -> Action:
     if facts.cr0_ts:
         # The kernel warns, clears CR0.TS and carries on.
         return Warn(BugEntry(warning=True, message="CR0.TS was set"), regs.ip)
-    return Die("unexpected #NM exception", 0, DieContext(irqs_disabled=True))
+    return Die("unexpected #NM exception", 0, replace(facts.context, irqs_disabled=True))
 
 
 def report(src: OopsSource, state: OopsState, action: Action, regs: PtRegs) -> OopsReport:

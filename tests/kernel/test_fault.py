@@ -30,7 +30,7 @@ from emu.kernel.fault import (
     spurious_kernel_fault,
     vmalloc_fault,
 )
-from emu.kernel.oops import OopsReport, OopsState, Task
+from emu.kernel.oops import DieContext, OopsReport, OopsState, Task
 from emu.kernel.ptrace import X86_EFLAGS_AC, X86_EFLAGS_IF, PtRegs
 from emu.kernel.taint import Taint
 from emu.kernel.unwind import StackInfo, Stacks, StackType
@@ -314,6 +314,14 @@ def test_what_the_vma_says_becomes_the_signal(result: VmFault, signal: int, code
 
 def test_a_supervisor_access_of_user_mode_to_the_kernel_half_is_an_oops() -> None:
     assert isinstance(handle_page_fault(facts(), USER, 0, 0xFFFFFE0000003000), FaultOops)
+
+
+@pytest.mark.parametrize("address", [STACK.begin - 8, 0xFFFFC90000000000])
+def test_a_fault_in_an_interrupt_handler_ends_in_its_context(address: int) -> None:
+    outcome = handle_page_fault(facts(context=DieContext(in_interrupt=True)), KERNEL, 0, address)
+    assert isinstance(outcome, FaultOops | traps.Die)
+    assert outcome.context.in_interrupt
+    assert outcome.context.irqs_disabled
 
 
 def test_a_kernel_thread_has_no_user_half() -> None:

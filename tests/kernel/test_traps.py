@@ -152,6 +152,13 @@ def test_a_handler_dies_with_the_interrupt_flag_of_the_interrupted_code() -> Non
     assert action == Die("divide error", 0, MASKED)
 
 
+@pytest.mark.parametrize("vector", [Trap.DE, Trap.GP, Trap.NM, Trap.AC, Trap.XF])
+def test_a_trap_in_an_interrupt_handler_ends_in_its_context(vector: int) -> None:
+    action = handle_trap(replace(FACTS, context=DieContext(in_interrupt=True)), vector, KERNEL)
+    assert isinstance(action, Die)
+    assert action.context.in_interrupt
+
+
 @pytest.mark.parametrize("vector", [Trap.DE, Trap.GP, Trap.SS, Trap.MF, Trap.UD])
 def test_the_exception_table_is_asked_first(vector: int) -> None:
     fixing = replace(FACTS, fixup=lambda ip: ip + 7)
