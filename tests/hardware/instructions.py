@@ -211,7 +211,8 @@ def _implicit_case(rng: random.Random) -> Case | None:
         prefix, template = prefix + b"\x66", template[1:]
     code = prefix + rng.choice((b"", b"", b"\x48")) + bytes(rng.getrandbits(8) if b == ord("I") else b for b in template)
     if template[0] == 0xC8 and rng.random() < 0.7:
-        code = code[:-3] + bytes((rng.choice((0, 8, 16)), 0, rng.choice((0, 1, 2, 3))))
+        allocated = rng.choice((0, 8, 16, 0x800, 0x1000, 0x2000))
+        code = code[:-3] + allocated.to_bytes(2, "little") + bytes([rng.choice((0, 1, 2, 3))])
     return _case(rng, code, _place(rng, len(code)), registers)
 
 
@@ -221,7 +222,8 @@ def _modrm_case(rng: random.Random, mnemonic: str) -> Case | None:
     address32 = rng.random() < 0.1
     segment = rng.choice((None,) * 6 + ("fs_base", "gs_base"))
     prefix = encoding.prefix + b"\x67" * address32 + {None: b"", "fs_base": b"\x64", "gs_base": b"\x65"}[segment]
-    if rng.random() < 0.05:
+    # Not before F2 or F3 that selects an SSE instruction: which of two such prefixes counts is undefined.
+    if rng.random() < 0.05 and (encoding.prefix == b"" or mnemonic in ("popcnt", "lzcnt", "tzcnt", "crc32")):
         prefix = b"\x66" + prefix
     if mnemonic.startswith("xsave") or mnemonic.startswith("xrstor"):
         registers["rax"], registers["rdx"] = 3, 0
