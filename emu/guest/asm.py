@@ -12,13 +12,15 @@ from dataclasses import replace
 from emu.guest.asm_encode import PREFIXES, BadInstruction, Encoded, Fixup, Instruction, encode, encode_branch, is_branch
 from emu.guest.asm_expression import Linear, Malformed, parse_expression, unescape
 from emu.guest.asm_layout import Align, Item, Layout, OpenSection
-from emu.guest.asm_operand import REGISTERS, Imm, Mem, Operand, parse_operand
+from emu.guest.asm_operand import REGISTERS, SIZES, Imm, Mem, Operand, parse_operand
 from emu.guest.directives import parse_directives
 from emu.guest.error import GuestError
 from emu.guest.program import MAX_ALIGN, MAX_SECTION_SIZE, Program, RelocationType, SectionKind, align_up
 
 MAX_LINES = 100_000
 MAX_LINE = 4096
+# Bytes that a source may spell out in a section; .bss may be larger.
+MAX_DATA_SIZE = 4 << 20
 
 _SECTIONS = {
     ".text": (SectionKind.TEXT, 16),
@@ -34,6 +36,8 @@ _LABEL = re.compile(rf"\s*({_IDENTIFIER})\s*:(?!:)", re.ASCII)
 _BARE_LABEL = re.compile(rf"\s*({_IDENTIFIER})\s+(?=(?:db|dw|dd|dq|resb|resw|resd|resq|equ)\b)", re.ASCII | re.IGNORECASE)
 _WORD = re.compile(r"\s*([A-Za-z][\w.]*)\s*", re.ASCII)
 _MAX_CHAIN = 32
+# Words of the syntax; as names they would be typing errors.
+_RESERVED = frozenset([*SIZES, "ptr", "offset", "rel", "short", "near", "far", "strict", "dup", "equ"])
 
 
 def assemble(text: str, path: str) -> Program:
@@ -178,16 +182,20 @@ class _Assembler:
             self.parent = name
         return name
 
-    def _define(self, name: str) -> None:
+    def _new(self, name: str) -> None:
         if name in self.labels or name in self.constants:
             raise Malformed(f"{name} is defined twice")
+        if name.lower() in _RESERVED or name.lower() in REGISTERS:
+            raise Malformed(f"{name} cannot be a name")
+
+    def _define(self, name: str) -> None:
+        self._new(name)
         self.labels[name] = (self.current, self.current.place)
         if self.first_label is None and self.current.kind is SectionKind.TEXT:
             self.first_label = name
 
     def _equ(self, name: str, text: str) -> None:
-        if name in self.labels or name in self.constants:
-            raise Malformed(f"{name} is defined twice")
+        self._new(name)
         self.constants[name] = self._expression(text)
 
     def _name(self, name: str) -> Linear:
@@ -198,6 +206,8 @@ class _Assembler:
             return Linear(0, {anonymous: 1})
         if name.startswith("$") or "@" in name:
             raise Malformed(f"{name!r} is not a name")
+        if name.lower() in _RESERVED:
+            raise Malformed(f"{name} cannot stand here")
         if name.lower() in REGISTERS:
             raise Malformed(f"register {name} cannot stand in an expression")
         name = self._qualified(name)
@@ -238,20 +248,21 @@ class _Assembler:
     def _put(self, number: int, item: Encoded) -> None:
         if self.current.kind is SectionKind.BSS:
             raise Malformed(".bss holds no data: use resb, resw, resd or resq")
-        self.current.items.append((number, item))
         self._advance(len(item.data))
+        self.current.items.append((number, item))
 
     def _advance(self, size: int) -> None:
+        limit = MAX_SECTION_SIZE if self.current.kind is SectionKind.BSS else MAX_DATA_SIZE
+        if self.current.offset + size > limit:
+            raise Malformed(f"section {self.current.name} exceeds {limit >> 20} MiB")
         self.current.offset += size
-        if self.current.offset > MAX_SECTION_SIZE:
-            raise Malformed(f"section {self.current.name} exceeds {MAX_SECTION_SIZE >> 20} MiB")
 
     def _reserve(self, number: int, size: int) -> None:
         if self.current.kind is SectionKind.TEXT:
             raise Malformed("nothing can be reserved in .text")
+        self._advance(size)
         if self.current.kind is not SectionKind.BSS:
             self.current.items.append((number, size))
-        self._advance(size)
 
     def _align(self, number: int, align: int) -> None:
         if not 1 <= align <= MAX_ALIGN or align & (align - 1):
@@ -268,7 +279,7 @@ class _Assembler:
             raise Malformed("times expects COUNT and db, dw, dd or dq")
         count = self._count(text[: match.start()])
         one = self._data(_DATA[match[1].lower()], text[match.end() :])
-        if count * len(one.data) > MAX_SECTION_SIZE or count * len(one.fixups) > MAX_LINES:
+        if count * len(one.data) > MAX_DATA_SIZE or count * len(one.fixups) > MAX_LINES:
             raise Malformed(f"times {count} is too much")
         size = len(one.data)
         fixups = tuple(replace(f, offset=f.offset + size * n) for n in range(count) for f in one.fixups)

@@ -37,6 +37,8 @@ _SHORT_ONLY = {
     "loop": b"\xe2", "loope": b"\xe1", "loopz": b"\xe1", "loopne": b"\xe0", "loopnz": b"\xe0", "jrcxz": b"\xe3",
     "jecxz": b"\x67\xe3",
 }  # fmt: skip
+# mov al/ax/eax/rax to or from a 64-bit address.
+_MOFFS = range(0xA0, 0xA4)
 # One bad line makes Keystone reject its whole text, and then each line of the text is tried alone.
 _CHUNK = 512
 
@@ -246,7 +248,8 @@ def _with_fixups(insn: Instruction, decoded: CsInsn) -> Encoded:
 
 def _room(decoded: CsInsn, offset: int) -> int:
     """Bytes of the placeholder at `offset`; 0 when there is none. (Capstone's disp_size is 2 under a 0x66 prefix.)"""
-    for placeholder, size in ((PLACEHOLDER64, 8), (PLACEHOLDER32, 8), (PLACEHOLDER32, 4)):
+    far = 8 if decoded.opcode[0] in _MOFFS else 4
+    for placeholder, size in ((PLACEHOLDER64, 8), (PLACEHOLDER32, far)):
         if offset and bytes(decoded.bytes[offset : offset + size]) == placeholder.to_bytes(size, "little"):
             return size
     return 0

@@ -18,7 +18,8 @@ from emu.guest.program import Program
 FLAGS = (
     "-c -O1 -std=gnu11 -ffreestanding -fno-pic -fno-pie -mcmodel=kernel -mno-red-zone -mgeneral-regs-only "
     "-fno-stack-protector -fno-asynchronous-unwind-tables -fno-unwind-tables -fcf-protection=none -fno-common "
-    "-fno-strict-aliasing -fno-tree-vectorize -nostdinc -Wall -Werror -fno-diagnostics-show-caret -fdiagnostics-color=never"
+    "-fno-strict-aliasing -fno-tree-vectorize -nostdinc -Wall -Werror -fno-diagnostics-show-caret -fdiagnostics-color=never "
+    "-ftrack-macro-expansion=0"
 ).split()
 TIMEOUT_SECONDS = 30
 

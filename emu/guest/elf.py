@@ -24,7 +24,7 @@ from emu.guest.program import (
     find_entry,
 )
 
-MAX_FILE_SIZE = 64 << 20
+MAX_FILE_SIZE = 32 << 20
 MAX_SECTIONS = 4096
 MAX_SYMBOLS = 1 << 18
 MAX_RELOCATIONS = 1 << 18
@@ -164,7 +164,7 @@ class _Reader:
             if align & (align - 1) or align > MAX_ALIGN:
                 raise self._bad(f"section {header.name}: alignment {align:#x} is not a power of two up to {MAX_ALIGN}")
             total += header.size
-            if header.size > MAX_SECTION_SIZE or total > 2 * MAX_SECTION_SIZE:
+            if header.size > MAX_SECTION_SIZE or total > MAX_SECTION_SIZE:
                 raise self._bad(f"section {header.name}: size {header.size:#x} exceeds {MAX_SECTION_SIZE >> 20} MiB")
             if header.flags & _SHF_TLS:
                 raise self._bad(f"section {header.name}: thread-local storage is not supported")

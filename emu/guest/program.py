@@ -15,7 +15,7 @@ from emu.guest.directives import Directives
 from emu.guest.error import GuestError
 
 # A guest is a small program: more than this in one section is a mistake or an attack, not a guest.
-MAX_SECTION_SIZE = 64 << 20
+MAX_SECTION_SIZE = 16 << 20
 MAX_ALIGN = 4096
 NO_DIRECTIVES = Directives()
 
