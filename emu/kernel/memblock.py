@@ -9,7 +9,7 @@ from __future__ import annotations
 from emu.memory import PAGE_SIZE, Memory, Node
 
 
-class OutOfMemoryAtBoot(Exception):
+class OutOfMemoryAtBoot(MemoryError):
     """RAM is too small for what boot has to place in it. `size` bytes did not fit on `node`."""
 
     def __init__(self, node: Node, size: int) -> None:

@@ -68,8 +68,6 @@ def is_err_value(value: int) -> bool:
 def number(value: int, spec: Spec) -> str:
     """An integer by flags, width, precision and base; with SIGN `value` is taken as signed 64 bits."""
     width, precision, flags = spec.width, spec.precision, spec.flags
-    if flags & Flag.LEFT:
-        flags &= ~Flag.ZEROPAD
     sign = ""
     if flags & Flag.SIGN:
         if value >> 63 & 1:

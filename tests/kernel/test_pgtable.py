@@ -3,13 +3,27 @@ import time
 
 import numpy as np
 import pytest
-from kernel_floor import GIB, MIB, RecordedFlushes, flags_of, make_floor, recorded_fact, recorded_facts, recorded_walk
+from kernel_floor import (
+    GIB,
+    MIB,
+    RecordedFlushes,
+    RecordedReport,
+    flags_of,
+    make_floor,
+    recorded_fact,
+    recorded_facts,
+    recorded_walk,
+)
 
 from emu.kernel.gfp import GFP_KERNEL
-from emu.kernel.layout import CPU_ENTRY_AREA_BASE, MODULES_VADDR, PMD_SIZE
+from emu.kernel.init_64 import InitMm
+from emu.kernel.layout import CPU_ENTRY_AREA_BASE, MODULES_VADDR, PMD_SIZE, make_layout
+from emu.kernel.memblock import Memblock
+from emu.kernel.page_alloc import PageAllocator
 from emu.kernel.pgtable import NOTHING_TO_FLUSH, FlushRange, PgLevel, PgtblMod
 from emu.kernel.pgtable_types import FLUSH_EVERYTHING
 from emu.kernel.profile import V5_4, V6_1, V6_12
+from emu.memory import Memory
 
 RECORDED = [("6.12", 4), ("6.12", 5), ("6.1", 4), ("6.1", 5)]
 
@@ -193,6 +207,10 @@ def test_max_page_shift_bounds_the_leaf():
     la = floor.layout.vmalloc_start
     assert floor.mm.vmap_range_noflush(la, la + PMD_SIZE, 0, 0x163, 12) == 0
     assert floor.mm.lookup(la).level == PgLevel.PG_4K
+    assert floor.mm.vmap_range_noflush(la + GIB, la + 2 * GIB, 0, 0x163, 21) == 0
+    assert floor.mm.lookup(la + GIB).level == PgLevel.PG_2M
+    assert floor.mm.vmap_range_noflush(la + 2 * GIB, la + 3 * GIB, 0, 0x163, 30) == 0
+    assert floor.mm.lookup(la + 2 * GIB).level == PgLevel.PG_1G
 
 
 def test_a_huge_leaf_over_an_empty_table_flushes_one_page_and_frees_the_table():
@@ -297,6 +315,26 @@ def test_recorded_preallocation_counts_are_ours():
         assert (first, last) == (recorded["idx_start"], recorded["idx_end"])
 
 
+@pytest.mark.parametrize("nodes", [1, 4, 8])
+@pytest.mark.parametrize("levels", [4, 5])
+def test_32_mib_are_enough_wherever_kaslr_puts_the_image(levels, nodes):
+    for seed in range(20):
+        floor = make_floor(levels, size=32 * MIB, nodes=nodes, kaslr=seed)
+        floor.mm.validate()
+        floor.pages.validate()
+        floor.memblock.validate()
+
+
 def test_ram_that_cannot_hold_the_kernel_image_is_refused():
     with pytest.raises(ValueError, match="kernel image alone ends at 0x1800000"):
         make_floor(size=16 * MIB)
+
+
+def test_without_memory_for_tables_boot_says_so():
+    memory = Memory(32 * MIB)
+    memblock = Memblock(memory)
+    memblock.reserve(0, 32 * MIB - 0x4000)
+    pages = PageAllocator(memory, memblock)
+    init_mm = InitMm(memory, pages, make_layout(4), V6_12, RecordedReport())
+    with pytest.raises(MemoryError, match="RAM is too small for the kernel's page tables"):
+        init_mm.build(())

@@ -95,6 +95,14 @@ def test_a_fault_that_the_reader_raises_is_not_swallowed():
         Formatter(read).format("%s", lambda: 0x5000)
 
 
+@pytest.mark.parametrize("fmt", ["%s", "%4ph", "%pa", "%pGg"])
+def test_a_null_small_or_error_pointer_is_never_read(fmt):
+    read = []
+    printer = Formatter(lambda la, size: bool(read.append(la)) or None)
+    assert [printer.format(fmt, lambda la=la: la) for la in (0, 8, 4095, (1 << 64) - 14)] == ["(null)"] + ["(efault)"] * 3
+    assert read == []
+
+
 def test_vsnprintf_cuts_to_the_buffer_and_returns_the_whole_length():
     values = iter([123456])
     assert formatter().vsnprintf(4, "%d", lambda: next(values)) == ("123", 6)
