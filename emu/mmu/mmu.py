@@ -8,6 +8,7 @@ invalidation here; only the soft cache has to be dropped (`on_drop`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import IntFlag
 
 from emu.memory import BusError, Memory
@@ -107,15 +108,20 @@ class Mmu:
         self._size = memory.size
         self._bounded = self.tlb.mode is TlbMode.FINITE
         self._global_pages = self.tlb.shared.pages[1]
-        self.reset(cr4=RESET_CR4 | (int(Cr4.LA57) if levels == 5 else 0))
+        self._boot_cr4 = RESET_CR4 | (int(Cr4.LA57) if levels == 5 else 0)
+        self.reset()
 
     # ---------------------------------------------------------------- registers
 
     def reset(
-        self, cr0: int = RESET_CR0, cr3: int = 0, cr4: int = RESET_CR4, efer: int = RESET_EFER, pkru: int = 0
+        self, cr0: int = RESET_CR0, cr3: int = 0, cr4: int | None = None, efer: int = RESET_EFER, pkru: int = 0
     ) -> None:
-        """Install a whole register state unchecked, as reset or a boot loader would, and forget all translations."""
-        self.cr0, self.cr3, self.cr4, self.efer, self.pkru = cr0, cr3, cr4, efer, pkru
+        """Install a whole register state unchecked, as reset or a boot loader would, and forget all translations.
+
+        Without `cr4` it is plain long mode with as many levels as at construction.
+        """
+        self.cr0, self.cr3, self.efer, self.pkru = cr0, cr3, efer, pkru
+        self.cr4 = self._boot_cr4 if cr4 is None else cr4
         self.tlb.flush_all()
         self.roots.clear()
         self._enter_address_space()
@@ -205,7 +211,8 @@ class Mmu:
         self._enter_address_space()
         if not value & CR3_NO_INVALIDATE:
             self._context.clear()
-        self._registers_changed()
+        self.regs = replace(self.regs, cr3=self.cr3)
+        self.on_drop()
 
     def load_cr4(self, value: int) -> None:
         """MOV to CR4 (SDM 4.10.4.1). Raises GeneralProtection.
@@ -285,8 +292,7 @@ class Mmu:
         grants W, a data access never X; a write right is granted only once D is set. `user` is False for an implicit
         supervisor access. Raises PageFault (its `la` is `page_la`), NonCanonical, BusError.
         """
-        # Measured: 0.25 us for a hit, 0.7 us for a miss with the PDE cached; the general walk in
-        # _resolve costs 3 to 5 us.
+        # Measured: 0.3 us for a hit, 0.8 us for a miss with the PDE cached; the general walk in _resolve costs 3 to 5 us.
         number = page_la >> 12
         packed = self._global_pages.get(number) or self._pages.get(number) or self._large_slice(page_la)
         mask, want, grant, more_mask, more_want, more = (self._user_tests if user else self._kernel_tests)[access]

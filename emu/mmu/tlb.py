@@ -7,9 +7,10 @@ What is kept for how long is the caller's business (emu/mmu/mmu.py follows SDM 4
 - a paging-structure cache entry is (table pa >> 3, rights mask) of the table below an entry of that level;
 - both are tagged with a PCID; global TLB entries stand apart and belong to all. Nothing not present is ever cached.
 
-Modes: `infinite` keeps an entry until something must remove it; `finite` has the sets and ways of Geometry and
-replaces the entry of a set that was filled first; `none` keeps nothing. First-in first-out and not least recently
-used, because a soft cache above answers hits that this TLB never sees, and what is replaced must not depend on it.
+Modes: `infinite` keeps an entry until something must remove it, the adversary that finds missing flushes; `finite`
+has the sets and ways of Geometry and replaces the entry of a set that was filled first; `none` keeps nothing (whoever
+keeps a soft cache above must then drop it after each access). First-in first-out and not least recently used, because
+a soft cache above answers hits that this TLB never sees, and what is replaced must not depend on it.
 """
 
 from __future__ import annotations

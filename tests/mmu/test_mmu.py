@@ -334,7 +334,7 @@ def test_efer_lma_is_read_only_and_cr0_et_stays_set() -> None:
 def test_five_levels_are_chosen_at_construction() -> None:
     tables = Tables(5)
     mmu = Mmu(tables.memory, levels=5)
-    mmu.load_cr3(ROOT)
+    mmu.reset(cr3=ROOT)
     tables.map(0x00AB_0000_0000_0000, PA)
     assert mmu.fill(0x00AB_0000_0000_0000, R, True) & PHYSICAL_MASK == PA
     with pytest.raises(ValueError, match="levels is 3"):
