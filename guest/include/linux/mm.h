@@ -19,6 +19,12 @@
 #define offset_in_page(p) ((unsigned long)(p) & ~PAGE_MASK)
 
 void *page_address(const struct page *page);
+unsigned long page_to_pfn(const struct page *page);
+struct page *pfn_to_page(unsigned long pfn);
+struct page *virt_to_page(const void *addr);
+int page_count(const struct page *page);
+void get_page(struct page *page);
+void put_page(struct page *page);
 bool is_vmalloc_addr(const void *x);
 
 void *kvmalloc(size_t size, gfp_t gfp);

@@ -10,6 +10,8 @@
 
 void *kmalloc(size_t size, gfp_t gfp);
 void *kzalloc(size_t size, gfp_t gfp);
+void *krealloc(const void *object, size_t size, gfp_t gfp);
+size_t ksize(const void *object);
 void kfree(const void *object);
 
 static inline void *kmalloc_array(size_t n, size_t size, gfp_t gfp)
