@@ -296,10 +296,13 @@ class PageAllocator:
         if (references <= 0).any():
             raise ValueError(f"frame {int(ordered[references <= 0][0]):#x} is not allocated")
         if self._compound_order:
-            for pfn in [pfn for pfn in ordered.tolist() if pfn in self._compound_order]:
-                self.put_page(pfn)
-                ordered = ordered[ordered != pfn]
-            references = self._refcount[ordered]
+            heads = np.fromiter(self._compound_order, dtype=np.int64, count=len(self._compound_order))
+            heads = heads[np.isin(heads, ordered)]
+            if len(heads):
+                ordered = ordered[~np.isin(ordered, heads)]
+                references = self._refcount[ordered]
+                for pfn in heads.tolist():
+                    self.put_page(pfn)
         self._refcount[ordered] = references - 1
         for start, end in _runs(ordered[references == 1]):
             while start < end:
