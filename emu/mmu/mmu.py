@@ -94,6 +94,8 @@ class Mmu:
     ) -> None:
         if levels not in (4, 5):
             raise ValueError(f"paging levels is {levels}; it must be 4 or 5")
+        if levels == 5 and features is not None and not features.la57:
+            raise ValueError("5 paging levels need a CPU with LA57")
         self.memory = memory
         self.tlb = tlb if isinstance(tlb, Tlb) else Tlb(tlb)
         self.features = features or Features(la57=levels == 5)

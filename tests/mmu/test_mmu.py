@@ -337,6 +337,8 @@ def test_five_levels_are_chosen_at_construction() -> None:
     mmu.reset(cr3=ROOT)
     tables.map(0x00AB_0000_0000_0000, PA)
     assert mmu.fill(0x00AB_0000_0000_0000, R, True) & PHYSICAL_MASK == PA
+    with pytest.raises(ValueError, match="LA57"):
+        Mmu(tables.memory, levels=5, features=Features(la57=False))
     with pytest.raises(ValueError, match="levels is 3"):
         Mmu(tables.memory, levels=3)
 
