@@ -317,3 +317,5 @@ class VmapSpace:
             assert va.va_start == end, f"{va} does not start where its lower neighbour ends, {end:#x}"
             end = va.va_end
         assert end == ULONG_MAX, f"the areas end at {end:#x}"
+        descriptors = len(areas) + len(self.free.spare)
+        assert self.cache.live == descriptors, f"{self.cache.live} descriptors for {descriptors}"
