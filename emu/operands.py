@@ -32,6 +32,7 @@ __all__ = [
     "decode",
     "descriptor_access",
     "fault",
+    "fetch_boundary",
     "first_fault",
 ]
 
@@ -140,6 +141,23 @@ def first_fault(memory_accesses: Sequence[MemoryAccess], allowed: Callable[[Memo
         if not allowed(part):
             return FaultAddress(part.la, part.write, part.implicit, part.stack)
     return None
+
+
+def fetch_boundary(code: bytes, rip: int) -> int:
+    """Address of the first instruction, in a straight line from `rip`, that `code` does not hold whole.
+
+    Unicorn translates a block before it runs any of it, so that a page behind the block is asked for, and refused, with RIP at
+    the block's start. With `code` all bytes from `rip` to the end of its page, the result is where the CPU would fault: `rip`
+    itself if the instruction there reaches into the next page; else, drop the translations of [rip, boundary + 15) and run with
+    `until` = boundary, which ends the block there. Bytes that are no instruction end the line too.
+    """
+    at = 0
+    while at < len(code):
+        try:
+            at += decode(code[at : at + 15], rip + at).size
+        except Undecodable:
+            break
+    return (rip + at) & MASK64
 
 
 def fault(memory_accesses: Sequence[MemoryAccess], rip: int, page_la: int, access: int) -> FaultAddress:

@@ -44,7 +44,7 @@ from unicorn import (
     UcError,
 )
 
-from emu.operands import accesses, checks, decode, fault
+from emu.operands import accesses, checks, decode, fault, fetch_boundary
 
 SEED = 6122025
 CASES = 24_000
@@ -158,8 +158,8 @@ class Engine:
         assert found is not None and len(found) == 1
         return found.pop()
 
-    def _start(self, case: Case, count: int = 1) -> int | None:
-        """Runs the instruction; the exception it ended with, NO_PAGE_FAULT for what Unicorn reports as an error of its own."""
+    def _start(self, case: Case, count: int = 1, until: int = 0) -> int | None:
+        """Runs `count` instructions, any number for 0. The exception it ended with, NO_PAGE_FAULT for an error of Unicorn's."""
         self.uc.context_restore(self.clean)
         for n, right in enumerate(RIGHTS):
             if right == "W":
@@ -178,10 +178,16 @@ class Engine:
                 self.uc.reg_write(register, case.vectors << 64 | case.vectors)
         self.vector = self.refused = None
         try:
-            self.uc.emu_start(case.code_la, 0, count=count)
+            self.uc.emu_start(case.code_la, until, count=count)
         except UcError:
             return self.vector if self.vector is not None else PF if self.refused else NO_PAGE_FAULT
         return self.vector
+
+    def run_line(self, code: bytes, la: int, rbx: int, until: int) -> tuple[int, int]:
+        """RIP and RAX after running `code` at `la`."""
+        registers = dict.fromkeys((*GPR, "fs_base", "gs_base"), 0) | {"rbx": rbx}
+        self._start(Case(code, la, registers, 2, 0, decode(code, la), ()), count=0, until=until)
+        return self.uc.reg_read(x86.UC_X86_REG_RIP), self.uc.reg_read(x86.UC_X86_REG_RAX)
 
     def run(self, case: Case) -> Fault | None:
         """The page fault of the instruction, None if there is none. Raises LookupError if it ends in another exception."""
@@ -340,3 +346,34 @@ def test_a_fill_is_refused_exactly_when_a_check_fails(filled: list[Any]) -> None
 def test_of_several_failing_pages_the_engine_refuses_one_that_checks_name(filled: list[Any]) -> None:
     different = [(case, want, got) for case, want, got in filled if want and got and not want.fetch and got.cr2 not in denied(case)]
     assert sum(sort_out(different).values()) < 0.02 * len(filled)
+
+
+INCREMENT_LOAD_INCREMENT = bytes.fromhex("48ffc0 488b0b 48ffc0")
+BEFORE_ABSENT = CODE_BEFORE_ABSENT + PAGE
+
+
+@pytest.mark.parametrize("crossing", [0, 1])
+def test_a_block_that_runs_into_a_refused_page_faults_before_its_first_instruction(crossing: int) -> None:
+    engine = Engine(UC_TLB_VIRTUAL)
+    start = BEFORE_ABSENT - len(INCREMENT_LOAD_INCREMENT) + crossing
+    assert engine.run_line(INCREMENT_LOAD_INCREMENT, start, DATA, until=0) == (start, 0)
+    assert engine.refused == (BEFORE_ABSENT, FETCH)
+
+
+@pytest.mark.parametrize("crossing", [0, 1])
+def test_run_until_the_fetch_boundary_it_stops_where_the_cpu_faults(crossing: int) -> None:
+    engine = Engine(UC_TLB_VIRTUAL)
+    start = BEFORE_ABSENT - len(INCREMENT_LOAD_INCREMENT) + crossing
+    engine.run_line(INCREMENT_LOAD_INCREMENT, start, DATA, until=0)
+    boundary = fetch_boundary(INCREMENT_LOAD_INCREMENT[: BEFORE_ABSENT - start], start)
+    assert boundary == BEFORE_ABSENT - (2 if crossing else 0)
+    assert engine.run_line(INCREMENT_LOAD_INCREMENT, start, DATA, until=boundary) == (boundary, 1 if crossing else 2)
+    assert engine.refused is None
+
+
+def test_run_until_the_fetch_boundary_a_data_fault_on_the_way_comes_first() -> None:
+    engine = Engine(UC_TLB_VIRTUAL)
+    start = BEFORE_ABSENT - len(INCREMENT_LOAD_INCREMENT)
+    absent = DATA + RIGHTS.index("N") * PAGE
+    assert engine.run_line(INCREMENT_LOAD_INCREMENT, start, absent, until=BEFORE_ABSENT) == (start + 3, 1)
+    assert engine.refused == (absent, READ)

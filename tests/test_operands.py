@@ -13,6 +13,7 @@ from emu.operands import (
     decode,
     descriptor_access,
     fault,
+    fetch_boundary,
     first_fault,
 )
 
@@ -299,6 +300,14 @@ def test_bytes_that_are_no_instruction_of_the_model_raise_undecodable(code: str)
         decode(bytes.fromhex(code), RIP)
     assert refused.value.la == RIP
     assert refused.value.code == bytes.fromhex(code)
+
+
+def test_the_fetch_boundary_is_the_first_instruction_that_the_bytes_do_not_hold() -> None:
+    increment, load = bytes.fromhex("48ffc0"), bytes.fromhex("488b0510000000")
+    assert fetch_boundary(increment * 3, RIP) == RIP + 9
+    assert fetch_boundary(increment * 3 + load[:6], RIP) == RIP + 9
+    assert fetch_boundary(load[:6], RIP) == RIP
+    assert fetch_boundary(increment * 3 + b"\x06" + increment * 6, RIP) == RIP + 9
 
 
 def test_the_same_bytes_give_the_same_object() -> None:
