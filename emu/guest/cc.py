@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from dataclasses import replace
@@ -60,18 +62,31 @@ def compile_source(source: Path, text: str) -> Program:
         language = "assembler-with-cpp" if source.suffix == ".S" else "c"
         command = [gcc, *FLAGS, f"-I{include}", f"-I{source.resolve().parent}", "-x", language, "-", "-o", str(target)]
         marked = f'# 1 "{_quoted(path)}"\n{text}' if language == "c" else f'#line 1 "{_quoted(path)}"\n{text}'
-        try:
-            done = subprocess.run(
-                command, input=marked.encode("utf-8", "surrogateescape"), capture_output=True, timeout=TIMEOUT_SECONDS,
-                cwd=folder, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TMPDIR": folder}, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise GuestError(path, 0, f"gcc was not done after {TIMEOUT_SECONDS} s") from None
-        except OSError as problem:
-            raise GuestError(path, 0, f"gcc cannot be run: {problem.strerror}") from None
-        if done.returncode:
-            raise _first_error(path, done.stderr.decode("utf-8", "replace"))
+        errors = _run(command, marked.encode("utf-8", "surrogateescape"), folder, path)
+        if errors is not None:
+            raise _first_error(path, errors)
         return replace(read_object(target.read_bytes(), path), directives=directives)
+
+
+def _run(command: list[str], source: bytes, folder: str, path: str) -> str | None:
+    """What gcc said when it failed, None when it did not. gcc is a driver: its group is ended, not only itself."""
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TMPDIR": folder}
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as problem:
+        raise GuestError(path, 0, f"gcc cannot be run: {problem.strerror}") from None
+    try:
+        _, errors = process.communicate(source, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise GuestError(path, 0, f"gcc was not done after {TIMEOUT_SECONDS} s") from None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return errors.decode("utf-8", "replace") if process.returncode else None
 
 
 def _quoted(path: str) -> str:

@@ -93,6 +93,17 @@ def test_without_gcc_the_error_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     assert "no gcc found" in refused(written(tmp_path, "t.c", "int init_module(void) { return 0; }\n")).message
 
 
+def test_a_compiler_that_does_not_end_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = written(tmp_path, "gcc", f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(fake))
+    monkeypatch.setattr(cc, "TIMEOUT_SECONDS", 0.3)
+    assert "not done after 0.3 s" in refused(written(tmp_path, "t.c", "int init_module(void) { return 0; }\n")).message
+    child = int((tmp_path / "child").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
+
+
 def test_a_wrong_directive_is_found_before_gcc_runs(tmp_path: Path) -> None:
     assert refused(written(tmp_path, "t.c", "/*\n * vmemu: level=4\n */\nnot C at all\n")).line == 2
 
