@@ -7,7 +7,7 @@ it, so that Python code may take its time and look at a machine that stands stil
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from emu.decode import Undecodable, decode
@@ -20,7 +20,7 @@ from emu.mmu.mmu import Mmu
 from emu.mmu.registers import Cr4, Features
 from emu.mmu.tlb import Tlb
 from emu.operands import MemoryAccess, accesses, fault
-from emu.privileged import execute
+from emu.privileged import execute, load_task_register
 from emu.rflags import Rflags
 
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -63,12 +63,12 @@ CpuStop = KernelEntry | Halted | LimitReached | Interrupted
 class Cpu:
     """A CPU of a machine.
 
-    `stubs` holds the addresses at which HLT calls the kernel model. `limit` bounds the instructions exactly (see Engine).
+    `is_stub(la)`: whether an HLT at `la` calls the kernel model. `limit` bounds the instructions exactly (see Engine).
     """
 
     def __init__(
         self, number: int, memory: Memory, *, features: Features, levels: int = 4, tlb: Tlb | None = None,
-        stubs: Container[int] = frozenset(), limit: int | None = None,
+        is_stub: Callable[[int], bool] = lambda la: False, limit: int | None = None,
     ) -> None:
         self.id = number
         self.memory = memory
@@ -77,7 +77,7 @@ class Cpu:
         self.engine = Engine(memory, self.mmu, limit=limit)
         self.engine.is_implicit = self._is_implicit
         self.mmu.read_ac = self.read_ac
-        self.stubs = stubs
+        self.is_stub = is_stub
         self.gdtr = self.idtr = self.ldtr = self.tss = TableRegister(0, 0)
         self.tr = 0
         self.ldt_selector = 0
@@ -194,6 +194,14 @@ class Cpu:
             return True
         return False
 
+    def raise_exception(self, exception: CpuException) -> None:
+        """Deliver an exception at the current RIP. Raises TripleFault."""
+        deliver(self, exception)
+
+    def load_task_register(self, selector: int) -> None:
+        """What LTR does: take the TSS that the GDT names, and mark it busy. Raises CpuException."""
+        load_task_register(self, selector)
+
     # ---- execution
 
     def run(self) -> CpuStop:
@@ -230,7 +238,7 @@ class Cpu:
 
     def _halt(self) -> CpuStop | None:
         la = self.rip - 1 & _MASK64
-        if la in self.stubs:
+        if self.is_stub(la):
             return KernelEntry(la)
         if (self._interrupts or self._nmi_pending) and self._take_pending():
             return None
@@ -253,10 +261,14 @@ class Cpu:
         else:
             deliver(self, CpuException(vector, error))
 
-    def memory_accesses(self, rip: int) -> tuple[MemoryAccess, ...]:
-        """The memory accesses of the instruction at `rip` with the registers of now; none if it cannot be decoded."""
+    def memory_accesses(self, rip: int, registers: Mapping[str, int] | None = None) -> tuple[MemoryAccess, ...]:
+        """The memory accesses of the instruction at `rip`, with the registers of now unless others are given.
+
+        None if it cannot be fetched or decoded.
+        """
+        reg = self.reg if registers is None else registers.__getitem__
         try:
-            return accesses(decode(self.engine.peek(rip, 15), rip), rip, self.reg)
+            return accesses(decode(self.engine.peek(rip, 15), rip), rip, reg)
         except (Undecodable, PageFault, NonCanonical, BusError):
             return ()
 

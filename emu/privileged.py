@@ -181,18 +181,17 @@ def _load_table(step: Step, name: str) -> None:
     step.cpu.load_tables()
 
 
-def _system_segment(step: Step, wanted: SystemType) -> tuple[int, SystemSegment | None]:
-    """Selector and descriptor of LLDT's or LTR's operand; no descriptor for a null selector."""
+def _selector(step: Step) -> int:
+    """The 16-bit operand of LLDT and LTR."""
     step.need_privilege()
-    cpu = step.cpu
     if step.instruction.register_form:
-        selector = cpu.reg(_GPR[step.instruction.rm]) & 0xFFFF
-    else:
-        selector = int.from_bytes(step.read(step.operand(2, write=False)), "little")
-    if not selector & ~3:
-        return selector, None
+        return step.cpu.reg(_GPR[step.instruction.rm]) & 0xFFFF
+    return int.from_bytes(step.read(step.operand(2, write=False)), "little")
+
+
+def _system_segment(cpu: Cpu, selector: int, wanted: SystemType) -> SystemSegment:
     error = CpuException(Vector.GP, selector & 0xFFFC)
-    if selector & 4 or (selector & 0xFFF8) + 15 > cpu.gdtr.limit:
+    if selector & 4 or not selector & ~3 or (selector & 0xFFF8) + 15 > cpu.gdtr.limit:
         raise error
     segment = decode_system_segment(read_system(cpu, cpu.gdtr.base + (selector & 0xFFF8), 16, error))
     if segment.type != wanted:
@@ -200,14 +199,12 @@ def _system_segment(step: Step, wanted: SystemType) -> tuple[int, SystemSegment 
     if not segment.p:
         raise CpuException(Vector.NP, selector & 0xFFFC)
     check_canonical(cpu, segment.base)
-    return selector, segment
+    return segment
 
 
-def _ltr(step: Step) -> None:
-    selector, segment = _system_segment(step, SystemType.TSS_AVAILABLE)
-    cpu = step.cpu
-    if segment is None:
-        raise CpuException(Vector.GP, 0)
+def load_task_register(cpu: Cpu, selector: int) -> None:
+    """What LTR does with its operand: take the TSS that the GDT names, and mark it busy."""
+    segment = _system_segment(cpu, selector, SystemType.TSS_AVAILABLE)
     access_byte = cpu.gdtr.base + (selector & 0xFFF8) + 5
     busy = cpu.mmu.read(access_byte, 1, user=False, implicit=True)[0] | SystemType.TSS_BUSY
     cpu.mmu.write(access_byte, bytes((busy,)), user=False, implicit=True)
@@ -215,11 +212,19 @@ def _ltr(step: Step) -> None:
     cpu.load_tables()
 
 
+def _ltr(step: Step) -> None:
+    load_task_register(step.cpu, _selector(step))
+
+
 def _lldt(step: Step) -> None:
-    selector, segment = _system_segment(step, SystemType.LDT)
     cpu = step.cpu
+    selector = _selector(step)
+    if selector & ~3:
+        segment = _system_segment(cpu, selector, SystemType.LDT)
+        cpu.ldtr = TableRegister(segment.base, segment.byte_limit)
+    else:
+        cpu.ldtr = TableRegister(0, 0)
     cpu.ldt_selector = selector
-    cpu.ldtr = TableRegister(segment.base, segment.byte_limit) if segment else TableRegister(0, 0)
     cpu.load_tables()
 
 

@@ -1,7 +1,7 @@
 """What a run tells about itself: event records and the sink that takes them.
 
-Nothing here imports the rest of the machine. Events are plain data in the order in which they happened; a sink may print,
-store or count them, and must not change the run.
+Nothing here imports the rest of the machine. Events are plain data in the order in which they happened; a sink may print, store or
+count them, and must not change the run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Exception_:
-    """An exception or interrupt about to be delivered through the IDT."""
+class Delivery:
+    """An exception or interrupt about to be delivered through the IDT; `rip` is what will be pushed."""
 
     cpu: int
     vector: int
@@ -22,23 +22,25 @@ class Exception_:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelCall:
-    """A guest called an exported kernel function."""
+class FunctionCall:
+    """A guest called an exported kernel function, and it returned."""
 
     cpu: int
     name: str
     arguments: tuple[int, ...]
-    result: int | None
+    result: int
 
 
 @dataclass(frozen=True, slots=True)
-class LogLine:
-    """A line of the kernel log."""
+class TlbFlushed:
+    """The kernel flushed the translations of [start, end) on a CPU; everything when it is the whole address space."""
 
-    text: str
+    cpu: int
+    start: int
+    end: int
 
 
-Event = Exception_ | KernelCall | LogLine
+Event = Delivery | FunctionCall | TlbFlushed
 Sink = Callable[[Event], None]
 
 

@@ -13,12 +13,12 @@ LAYERS = [
     ["emu.report"],
     ["emu.machine", "emu.run"],
     ["emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions", "emu.cpuid", "emu.engine", "emu.engine_context",
-     "emu.instruction_counter", "emu.privileged_opcodes", "emu.operands", "emu.decode", "emu.descriptors", "emu.rflags"],
+     "emu.instruction_counter", "emu.privileged_opcodes", "emu.operands", "emu.decode", "emu.rflags"],
     ["emu.kernel"],
     ["emu.guest"],
     ["emu.mmu"],
     ["emu.memory"],
-    ["emu.trace"],
+    ["emu.trace", "emu.descriptors"],
 ]
 # The CPU and the kernel model do not know each other: the machine joins them. Guests are files; only memory is beneath them.
 STRANGERS = [("emu.cpu", "emu.kernel"), ("emu.cpu", "emu.guest"), ("emu.kernel", "emu.guest")]

@@ -1,0 +1,219 @@
+"""From an IDT gate to Linux's handler and back: what arch/x86/entry/entry_64.S and traps.c do around a decision.
+
+The CPU has pushed the hardware frame and executes the HLT of an entry stub. Here the rest of struct pt_regs is pushed, the
+decision of emu/kernel/traps.py or fault.py is taken and printed, and the context is resumed by IRETQ, or ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from emu.kernel import fault, traps
+from emu.kernel.gfp import gfp_text
+from emu.kernel.kernel_cpu import KernelCpu
+from emu.kernel.layout import PAGE_SHIFT
+from emu.kernel.oops import Controls, DieContext, OopsReport, OopsSource, dump_stack, panic
+from emu.kernel.ptrace import PT_REGS_IP, X86_EFLAGS_IF, PtRegs, pack_pt_regs, read_pt_regs
+from emu.kernel.unwind import StackInfo, Stacks, StackSection, StackType, Unwinder
+from emu.kernel.warn_sites import Site
+from emu.mmu.fault import NonCanonical, PageFault
+
+if TYPE_CHECKING:
+    from emu.kernel.kernel import Kernel
+
+_WORD = 8
+
+
+class End(Enum):
+    """How a guest's run ends in the kernel."""
+
+    OOPS = "oops"
+    PANIC = "panic"
+    SIGNAL = "signal"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The task or the machine is finished: `text` is the panic message or names the signal."""
+
+    end: End
+    text: str = ""
+
+
+class ExceptionEntry:
+    """The exception side of one kernel; `gp_access` decodes the memory operand of the instruction at an address."""
+
+    def __init__(self, kernel: Kernel, gp_access: Callable[[PtRegs], tuple[int, int] | None]) -> None:
+        self.kernel = kernel
+        self.gp_access = gp_access
+        self._entry_regs: dict[int, PtRegs] = {}
+
+    def handle(self, cpu: KernelCpu, vector: int) -> Ending | None:
+        """Handle the exception whose stub `cpu` has entered. None when execution goes on, with RIP and RSP set to do so.
+
+        Raises PageFault when the stack has no room for the registers: another exception at the stub.
+        """
+        rsp = cpu.reg("rsp")
+        error = 0
+        if traps.pushes_error_code(vector):
+            error = int.from_bytes(cpu.read(rsp, _WORD), "little")
+            frame_la = rsp + _WORD
+        else:
+            frame_la = rsp
+        ip, cs, flags, sp, ss = (int.from_bytes(cpu.read(frame_la + _WORD * n, _WORD), "little") for n in range(5))
+        regs = read_pt_regs(cpu.reg, ip=ip, cs=cs, flags=flags, sp=sp, ss=ss)
+        regs_la = frame_la - PT_REGS_IP
+        cpu.write(regs_la, pack_pt_regs(regs)[:PT_REGS_IP])
+        cpu.set_reg("rsp", regs_la)
+        self._entry_regs = {regs_la: regs}
+        address = cpu.reg("cr2")
+        source = self._source(cpu)
+        if vector == traps.Trap.PF:
+            return self._page_fault(cpu, source, regs, error, address, frame_la)
+        facts = traps.TrapFacts(
+            version=self.kernel.profile.name, task=self.kernel.oops_task(cpu), stacks=self._stacks(cpu),
+            bug=self.kernel.bug_entry, warned=self.kernel.warned, code=lambda la, size: self._peek(cpu, la, size),
+            gp_access=self.gp_access, levels=self.kernel.layout.levels,
+        )
+        action = traps.handle_trap(facts, vector, regs, error, address)
+        return self._act(cpu, source, action, regs, frame_la)
+
+    def _act(
+        self, cpu: KernelCpu, source: OopsSource, action: traps.Action, regs: PtRegs, frame_la: int
+    ) -> Ending | None:
+        report = traps.report(source, self.kernel.oops_state, action, regs)
+        self.kernel.print_lines(report.lines)
+        match action:
+            case traps.Resume(ip=ip):
+                self._resume(cpu, regs, ip, frame_la)
+                return None
+            case traps.Warn(ip=ip, bug=bug):
+                self.kernel.note_warned(bug)
+                self._resume(cpu, regs, ip, frame_la)
+                return None
+            case traps.Signal(signal=signal):
+                return Ending(End.SIGNAL, f"signal {signal}")
+        return self._end(report)
+
+    def _end(self, report: OopsReport) -> Ending:
+        return Ending(End.PANIC, report.panic) if report.panic is not None else Ending(End.OOPS)
+
+    def _page_fault(
+        self, cpu: KernelCpu, source: OopsSource, regs: PtRegs, error: int, address: int, frame_la: int
+    ) -> Ending | None:
+        kernel = self.kernel
+        facts = fault.FaultFacts(
+            version=kernel.profile.name, levels=kernel.layout.levels, task=kernel.oops_task(cpu), stacks=self._stacks(cpu),
+            entries=kernel.entries(cpu.reg("cr3"), address), init_entries=kernel.entries(kernel.init_mm.pgd, address),
+            is_vmalloc_addr=kernel.layout.is_vmalloc_addr, smap=kernel.smap, smep=kernel.smep,
+            vmalloc_fault=lambda la: kernel.init_mm.vmalloc_fault(cpu.reg("cr3") & -(1 << PAGE_SHIFT), la),
+        )
+        outcome = fault.handle_page_fault(facts, regs, error, address)
+        report = fault.report(source, kernel.oops_state, outcome, regs)
+        kernel.print_lines(report.lines)
+        match outcome:
+            case fault.Fixed(ip=ip):
+                self._resume(cpu, regs, ip, frame_la)
+                return None
+            case fault.FaultSignal(signal=signal):
+                return Ending(End.SIGNAL, f"signal {signal.signal}")
+        return self._end(report)
+
+    def _resume(self, cpu: KernelCpu, regs: PtRegs, ip: int, frame_la: int) -> None:
+        """Go back by the IRETQ of the common exit."""
+        if ip != regs.ip:
+            cpu.write(frame_la, ip.to_bytes(_WORD, "little"))
+        cpu.set_reg("rsp", frame_la)
+        cpu.set_reg("rip", self.kernel.symbol("common_interrupt_return"))
+
+    def report_warn(self, cpu: KernelCpu, site: Site, message: str | None) -> None:
+        """Print the splat of a WARN in kernel code that the model executes: the registers are those of the call that led there."""
+        regs = self._regs_at(cpu, site)
+        entry = traps.BugEntry(site.file, site.line, True, False, message)
+        report = traps.report(self._source(cpu), self.kernel.oops_state, traps.Warn(entry, regs.ip), regs)
+        self.kernel.print_lines(report.lines)
+
+    def report_bug(self, cpu: KernelCpu, site: Site) -> Ending:
+        """Print the oops of a BUG in kernel code that the model executes."""
+        regs = self._regs_at(cpu, site)
+        context = DieContext(irqs_disabled=not regs.flags & X86_EFLAGS_IF)
+        action = traps.Die("invalid opcode", 0, context, bug=traps.BugEntry(site.file, site.line))
+        report = traps.report(self._source(cpu), self.kernel.oops_state, action, regs)
+        self.kernel.print_lines(report.lines)
+        return self._end(report)
+
+    def report_alloc(self, cpu: KernelCpu, gfp: int, text: str) -> None:
+        """warn_alloc's message (v6.12 mm/page_alloc.c): who asked for what, and the stack. Memory statistics are not modelled."""
+        comm = self.kernel.current_thread(cpu).comm
+        mode = f"mode:{gfp:#x}({gfp_text(gfp)}), nodemask=(null),cpuset=/,mems_allowed={self.kernel.mems_allowed}"
+        self.kernel.print_lines((f"{comm}: {text}, {mode}", *dump_stack(self._source(cpu), self.kernel.oops_state)))
+
+    def dump_stack(self, cpu: KernelCpu) -> None:
+        """dump_stack(): the current thread and its call trace."""
+        self.kernel.print_lines(dump_stack(self._source(cpu), self.kernel.oops_state))
+
+    def panic(self, cpu: KernelCpu, message: str) -> None:
+        """panic(): its text; the caller ends the machine."""
+        self.kernel.print_lines(panic(self._source(cpu), self.kernel.oops_state, message).lines)
+
+    def _regs_at(self, cpu: KernelCpu, site: Site) -> PtRegs:
+        return dataclasses.replace(self.current_regs(cpu), ip=self.kernel.symbol_or(site.symbol, cpu.reg("rip")))
+
+    def current_regs(self, cpu: KernelCpu) -> PtRegs:
+        """The context in which an exported function was called."""
+        return read_pt_regs(
+            cpu.reg, ip=cpu.reg("rip"), cs=cpu.reg("cs"), flags=cpu.reg("rflags"), sp=cpu.reg("rsp"), ss=cpu.reg("ss")
+        )
+
+    def _peek(self, cpu: KernelCpu, la: int, size: int) -> bytes | None:
+        try:
+            return cpu.read(la, size)
+        except (PageFault, NonCanonical):
+            return None
+
+    def _stacks(self, cpu: KernelCpu) -> Stacks:
+        """The stacks the kernel knows, each with where it was entered from."""
+        thread = self.kernel.current_thread(cpu)
+
+        def saved_rsp(end: int) -> int:
+            word = self._peek(cpu, end - 2 * _WORD, _WORD)
+            return 0 if word is None else int.from_bytes(word, "little")
+
+        task = StackInfo(StackType.TASK, thread.stack, thread.stack_end)
+        return Stacks((task, *self.kernel.cpu_entry_area(cpu.id).stack_infos(saved_rsp)))
+
+    def _source(self, cpu: KernelCpu) -> OopsSource:
+        kernel = self.kernel
+        stacks = self._stacks(cpu)
+
+        def read(la: int, size: int) -> bytes:
+            try:
+                return cpu.read(la, size)
+            except PageFault as error:
+                cpu.set_reg("cr2", error.la)
+                raise
+
+        unwinder = Unwinder(
+            lambda la, size: self._peek(cpu, la, size), kernel.is_text, kernel.symbolize, entry_regs=self._entry_regs
+        )
+
+        def trace(regs: PtRegs | None) -> tuple[StackSection, ...]:
+            at = regs if regs is not None else self.current_regs(cpu)
+            return unwinder.show_trace(stacks, sp=at.sp, ip=at.ip, bp=at.bp)
+
+        return OopsSource(
+            text=kernel.oops_text, build=kernel.build, task=kernel.oops_task(cpu), read=read,
+            controls=lambda: _controls(cpu), symbolize=kernel.symbolize, trace=trace,
+            modules=kernel.module_list(),
+        )
+
+
+def _controls(cpu: KernelCpu) -> Controls:
+    return Controls(
+        cr0=cpu.reg("cr0"), cr2=cpu.reg("cr2"), cr3=cpu.reg("cr3"), cr4=cpu.reg("cr4"), fs_base=cpu.reg("fs_base"),
+        gs_base=cpu.reg("gs_base"), kernel_gs_base=cpu.reg("kernel_gs_base"), pkru=cpu.reg("pkru"),
+    )

@@ -1,0 +1,408 @@
+"""One machine's kernel: boot, and what a CPU that stops in kernel text wants of it.
+
+Everything that several parts of the model need of each other meets here: the address map, init_mm, the allocators, the symbols, the
+log, the current thread. The kernel sees CPUs through KernelCpu and asks for flushes through TlbFlush; it does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import Random
+
+from emu.kernel import vmap_node
+from emu.kernel.cpu_entry_area import CPU_ENTRY_AREA_RO_IDT, CpuEntryArea, cpu_entry_areas, map_cpu_entry_areas
+from emu.kernel.descriptors import gdt, tss
+from emu.kernel.entry import Ending, ExceptionEntry
+from emu.kernel.exports import KernelSymbols
+from emu.kernel.gfp import GFP_KERNEL, Gfp
+from emu.kernel.init_64 import setup_kernel_memory
+from emu.kernel.kernel_cpu import KernelCpu, TlbFlush
+from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, make_layout
+from emu.kernel.module import Module, ModuleLoader
+from emu.kernel.oops import KERNEL_TEXT, KernelBuild, OopsState, Task
+from emu.kernel.printk import KernelLog
+from emu.kernel.profile import Profile
+from emu.kernel.ptrace import PtRegs
+from emu.kernel.purge import VmapSpace
+from emu.kernel.slab import Slab
+from emu.kernel.taint import Taint
+from emu.kernel.task import KTHREAD_EXIT, KernelThread, alloc_thread_stack_node, ret_from_fork_code
+from emu.kernel.traps import BugEntry, entry_stubs, idt, idt_entries
+from emu.kernel.vmalloc import Vmalloc
+from emu.kernel.vmap import Vmap
+from emu.kernel.vmap_block import VmapBlocks
+from emu.kernel.vsprintf import Formatter
+from emu.kernel.warn_sites import find_site, site_symbols
+from emu.memory import Memory
+from emu.mmu.entry import Level
+from emu.mmu.fault import NonCanonical, PageFault
+from emu.mmu.walk import PagingRegisters, inspect
+
+HARDWARE = "vmemu emulated x86-64 machine"
+FIRST_PID = 100
+PERCPU_UNIT = 2 << 20
+_HLT, _INT3 = 0xF4, 0xCC
+_IRETQ = b"\x48\xcf"
+_UD2 = b"\x0f\x0b"
+# mov rax, -ENOSYS; sysretq: there are no system calls.
+_NO_SYSCALL = bytes.fromhex("48 c7 c0 da ff ff ff 48 0f 07")
+# The kernel's own functions that show up in call traces and as callers of allocations.
+_INTERNAL_FUNCTIONS = ("kernel_clone", "load_module", "pcpu_get_vm_areas")
+
+
+class TaskEnded(Exception):
+    """The current task cannot go on: raised inside an exported function, to unwind the model's own stack."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending)
+        self.ending = ending
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTables:
+    """Where a CPU finds its descriptor tables and per-CPU area (linear addresses).
+
+    `gdt_direct` is the writable alias of the read-only GDT, through which LTR marks the TSS busy.
+    """
+
+    idt: int
+    idt_limit: int
+    gdt: int
+    gdt_direct: int
+    gdt_limit: int
+    tss_selector: int
+    percpu: int
+
+
+class OnlineCpus:
+    """How many CPUs there are, and which one runs the model."""
+
+    def __init__(self, nr_cpus: int) -> None:
+        self.online = self.possible = nr_cpus
+        self.current = 0
+
+
+class Kernel:
+    """A booted kernel over `memory`.
+
+    `random` is the machine's generator, None without KASLR. `gp_access` decodes an instruction's memory operand for the text of a
+    #GP. Raises ValueError or MemoryError when RAM is too small to boot.
+    """
+
+    def __init__(
+        self, memory: Memory, profile: Profile, tlb: TlbFlush, *, levels: int, nr_cpus: int = 1, random: Random | None = None,
+        seed: int = 0, gbpages: bool = True, smep: bool = True, smap: bool = True,
+        gp_access: Callable[[PtRegs], tuple[int, int] | None] = lambda regs: None,
+    ) -> None:
+        self.memory = memory
+        self.profile = profile
+        self.tlb = tlb
+        self.smep, self.smap = smep, smap
+        self.formatter = Formatter(self._read_for_format, self.symbolize, hash_key=seed.to_bytes(8, "little"))
+        self.log = KernelLog()
+        self.layout = make_layout(levels, memory_size=memory.size, kaslr=random)
+        floor = setup_kernel_memory(memory, self.layout, profile, self, gbpages=gbpages)
+        self.pages, self.init_mm = floor.pages, floor.init_mm
+        self.slab = Slab(self.pages, self.layout)
+        self.cpus = OnlineCpus(nr_cpus)
+        self._cpu: KernelCpu | None = None
+        design = vmap_node.V6_12 if profile.max_vmap_nodes else vmap_node.V6_1
+        space = VmapSpace(design, (self.layout.vmalloc_start, self.layout.vmalloc_end), self.cpus, tlb, self, self)
+        self.vmalloc = Vmalloc(space, self.init_mm, self.slab, self, self)
+        self.vmap = Vmap(self.vmalloc)
+        self.vmap_blocks = VmapBlocks(self.vmalloc)
+        self.vmalloc.vmalloc_init()
+        self.module_loader = ModuleLoader(self.vmalloc, self.init_mm, tlb)
+        self.modules: list[Module] = []
+        self.symbols = KernelSymbols(self.layout, memory)
+        self.oops_text = KERNEL_TEXT[profile.name]
+        kaslr_offset = self.layout.kernel_text - 0xFFFF_FFFF_8100_0000 if random is not None else None
+        self.build = KernelBuild(profile.release, profile.build, HARDWARE, kaslr_offset=kaslr_offset)
+        self.oops_state = OopsState(oops_id=Random(seed).getrandbits(64))
+        self.exceptions = ExceptionEntry(self, gp_access)
+        self._warned_once: set[int] = set()
+        self._bugs: dict[int, BugEntry] = {}
+        self._work: list[Callable[[], None]] = []
+        self._threads: dict[int, KernelThread] = {}
+        self._next_pid = FIRST_PID
+        self._interrupt_depth = 0
+        self.caller = 0
+        self._stub_vectors: dict[int, int] = {}
+        self._place_text()
+        self._percpu = [self._alloc_percpu_unit() for _ in range(nr_cpus)]
+        self._areas = cpu_entry_areas(profile.name, nr_cpus, random.randrange if random is not None else None)
+        self._gdt_direct: list[int] = []
+        self._fill_cpu_entry_areas()
+
+    # ---- boot
+
+    def _place_text(self) -> None:
+        symbols = self.symbols
+        symbols.add_string_ops()
+        self._place_entry_stubs()
+        symbols.add_code("common_interrupt_return", _IRETQ)
+        symbols.add_code("entry_SYSCALL_64", _NO_SYSCALL)
+        for name in _INTERNAL_FUNCTIONS:
+            symbols.add_code(name, bytes((_INT3,)) * PAGE_SIZE)
+        addresses = [symbols.add_code(name, bytes(16)) for name in ("ret_from_fork_asm", "ret_from_fork", "kthread")]
+        for address, code in ret_from_fork_code(*addresses).items():
+            self.memory.write(self.layout.pa(address), code.ljust(16, bytes((_INT3,))))
+        self.kthread_exit = addresses[2] + KTHREAD_EXIT
+
+    def _place_entry_stubs(self) -> None:
+        """One HLT at every address that a gate points to."""
+        stubs = {name: bytearray([_INT3] * size) for name, size in entry_stubs(self.profile.name)}
+        entries = idt_entries(self.profile.name)
+        for entry in entries:
+            stubs[entry.stub][entry.offset] = _HLT
+        addresses = {name: self.symbols.add_code(name, bytes(code)) for name, code in stubs.items()}
+        self._stub_vectors = {addresses[entry.stub] + entry.offset: entry.vector for entry in entries}
+
+    def _alloc_percpu_unit(self) -> int:
+        """The CPU's unit of the first per-CPU chunk, in the direct map (v6.12 mm/percpu.c pcpu_embed_first_chunk)."""
+        pfn = self.pages.alloc_pages(int(GFP_KERNEL | Gfp.ZERO), (PERCPU_UNIT >> PAGE_SHIFT).bit_length() - 1)
+        if pfn is None:
+            raise MemoryError(f"memory size is {self.memory.size:#x}; no room for a per-CPU area of {PERCPU_UNIT:#x} bytes")
+        return self.layout.va(pfn << PAGE_SHIFT)
+
+    def _fill_cpu_entry_areas(self) -> None:
+        idt_pa = self._boot_pages(PAGE_SIZE)
+        placed = map_cpu_entry_areas(self._areas, self.init_mm, idt_pa, self._boot_pages)
+        self.memory.write(idt_pa, idt(self.profile.name, self.symbol))
+        for number, area in enumerate(self._areas):
+            geometry = area.geometry
+            node = self.memory.node_of(self.layout.pa(self._percpu[number]))
+            self._gdt_direct.append(self.layout.va(placed[area.gdt]))
+            self.memory.write(placed[area.gdt], gdt(number, node, area.tss, geometry.tss_limit))
+            self.memory.write(placed[area.tss], tss(area.entry_stack[1], area.ist(), geometry.iomap_base))
+        # The I/O bitmap that iomap_base points behind is not there: every port is the kernel's own.
+
+    def _boot_pages(self, size: int) -> int:
+        order = max(0, (size - 1 >> PAGE_SHIFT).bit_length())
+        pfn = self.pages.alloc_pages(int(GFP_KERNEL | Gfp.ZERO), order)
+        if pfn is None:
+            raise MemoryError(f"memory size is {self.memory.size:#x}; no room for the CPU entry areas")
+        return pfn << PAGE_SHIFT
+
+    def cpu_tables(self, cpu: int) -> CpuTables:
+        """Where CPU number `cpu` finds its tables."""
+        return CpuTables(
+            CPU_ENTRY_AREA_RO_IDT, PAGE_SIZE - 1, self._areas[cpu].gdt, self._gdt_direct[cpu], 16 * 8 - 1, 0x40, self._percpu[cpu]
+        )
+
+    def cpu_entry_area(self, cpu: int) -> CpuEntryArea:
+        """The CPU's entry area."""
+        return self._areas[cpu]
+
+    def _read_for_format(self, la: int, size: int) -> bytes | None:
+        try:
+            return self.cpu.read(la, size)
+        except (PageFault, NonCanonical):
+            return None
+
+    # ---- symbols
+
+    def symbol(self, name: str) -> int:
+        """Address of a kernel symbol. Raises ValueError."""
+        return self.symbols.address_of(name)
+
+    def add_site_symbols(self) -> None:
+        """Give the functions that WARN or BUG, and are not exported, their place in kernel text."""
+        for name in site_symbols(self.profile.name):
+            if self.symbol_or(name, 0) == 0:
+                self.symbols.add_code(name, _UD2)
+
+    def symbol_or(self, name: str, otherwise: int) -> int:
+        """Address of a kernel symbol, or `otherwise` where the image has none of that name."""
+        try:
+            return self.symbols.address_of(name)
+        except ValueError:
+            return otherwise
+
+    @property
+    def mems_allowed(self) -> str:
+        """The nodes that have memory, as a cpuset's list."""
+        nodes = len(self.memory.nodes)
+        return "0" if nodes == 1 else f"0-{nodes - 1}"
+
+    def symbolize(self, la: int) -> str | None:
+        """ "name+0x1f/0x40", with the module's name behind a module's symbol; None outside of text and data."""
+        return self.symbols.symbolize(la)
+
+    def is_text(self, la: int) -> bool:
+        """Whether an address may be a return address: kernel text or a module's text."""
+        if self.layout.is_kernel_text(la):
+            return True
+        return any(p.kind == "text" and p.la <= la < p.la + p.size for m in self.modules for p in m.parts)
+
+    def module_list(self) -> tuple[str, ...]:
+        """The modules as the "Modules linked in:" line names them: out of tree and unsigned."""
+        return tuple(f"{module.name}(OE)" for module in reversed(self.modules))
+
+    def entries(self, cr3: int, la: int) -> list[tuple[Level, int, int]]:
+        """A walk for an oops: the entries on the way to `la` under a CR3, without any check."""
+        return inspect(self.memory, PagingRegisters(cr3=cr3, levels=self.layout.levels), la)
+
+    # ---- threads
+
+    def create_thread(self, comm: str, cpu: int = 0) -> KernelThread:
+        """A kernel thread with a stack in the vmalloc region. Raises MemoryError without memory for it."""
+        stack = alloc_thread_stack_node(self.vmalloc, self.symbol("kernel_clone") + 0xC2)
+        if not stack:
+            raise MemoryError(f"memory size is {self.memory.size:#x}; no room for a thread's stack")
+        thread = KernelThread(self._next_pid, comm, stack, cpu)
+        self._next_pid += 1
+        self._threads[cpu] = thread
+        return thread
+
+    def current_thread(self, cpu: KernelCpu) -> KernelThread:
+        """The thread that a CPU runs."""
+        return self._threads[cpu.id]
+
+    def oops_task(self, cpu: KernelCpu) -> Task:
+        """The current thread as an oops names it."""
+        thread = self.current_thread(cpu)
+        return Task(thread.comm, thread.pid, cpu.id)
+
+    # ---- modules
+
+    def add_module(self, module: Module, symbols: list[tuple[str, int, int]], bugs: dict[int, BugEntry]) -> None:
+        """Make a loaded module known: its symbols, and the rows of its __bug_table by address."""
+        self.modules.append(module)
+        self.symbols.add_module(module.name, symbols)
+        self._bugs.update(bugs)
+        self.oops_state.tainted |= Taint.OOT_MODULE | Taint.UNSIGNED_MODULE
+
+    def bug_entry(self, ip: int) -> BugEntry | None:
+        """The row of the bug tables for an UD2."""
+        return self._bugs.get(ip)
+
+    def warned(self, entry: BugEntry) -> bool:
+        """Whether a WARN_ONCE has been printed."""
+        return id(entry) in self._warned_once
+
+    def note_warned(self, entry: BugEntry) -> None:
+        """Remember that a WARN_ONCE has been printed."""
+        self._warned_once.add(id(entry))
+
+    # ---- a CPU stopped in kernel text
+
+    def enter(self, cpu: KernelCpu, la: int) -> Ending | None:
+        """Handle the HLT at `la` that a CPU executed in kernel text. None when the CPU goes on.
+
+        Raises PageFault or NonCanonical when the model's access to guest memory faults: an exception at the stub.
+        """
+        self._cpu = cpu
+        self.cpus.current = cpu.id
+        vector = self._stub_vectors.get(la)
+        if vector is not None:
+            return self.exceptions.handle(cpu, vector)
+        try:
+            self._call(cpu, la)
+        except TaskEnded as ended:
+            return ended.ending
+        return None
+
+    def is_stub(self, la: int) -> bool:
+        """Whether an HLT at `la` is the model's to handle."""
+        return la in self._stub_vectors or la in self.symbols.exports or la == self.kthread_exit
+
+    def _call(self, cpu: KernelCpu, la: int) -> None:
+        export = self.symbols.exports[la]
+        cpu.set_reg("rip", la)
+        rsp = cpu.reg("rsp")
+        self.caller = int.from_bytes(cpu.read(rsp, 8), "little")
+        registers = [cpu.reg(name) for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9")]
+        arguments: list[object] = list(registers[: export.arguments])
+        if export.varargs:
+            arguments.append(_NextArgument(cpu, registers[export.arguments :], rsp + 8))
+        result = export.function(*arguments)
+        self._run_work()
+        if result is not None:
+            cpu.set_reg("rax", result & 0xFFFF_FFFF_FFFF_FFFF)
+        cpu.set_reg("rip", la + 1)
+
+    # ---- what the allocators ask of their kernel (WorkQueue, KernelReport, Context)
+
+    @property
+    def cpu(self) -> KernelCpu:
+        """The CPU that runs the model now."""
+        assert self._cpu is not None, "no CPU has entered the kernel yet"
+        return self._cpu
+
+    def schedule_work(self, work: Callable[[], None]) -> None:
+        """Queue work: it runs when the exported function under way is done, in task context."""
+        self._work.append(work)
+
+    def _run_work(self) -> None:
+        while self._work:
+            self._work.pop(0)()
+
+    @property
+    def in_interrupt(self) -> bool:
+        """In interrupt context."""
+        return self._interrupt_depth > 0
+
+    @property
+    def in_nmi(self) -> bool:
+        """In an NMI handler."""
+        return False
+
+    @property
+    def fatal_signal_pending(self) -> bool:
+        """The current task is being killed."""
+        return False
+
+    def load(self, la: int) -> int:
+        """The u64 at `la` as the current CPU reads it."""
+        return int.from_bytes(self.cpu.read(la, 8), "little")
+
+    def store(self, la: int, value: int) -> None:
+        """Write the u64 at `la` as the current CPU does."""
+        self.cpu.write(la, value.to_bytes(8, "little"))
+
+    def schedule_timeout_uninterruptible(self, ticks: int) -> None:
+        """A __GFP_NOFAIL allocation cannot be met and nobody else runs who could free memory: the machine hangs for good."""
+        raise MemoryError("a __GFP_NOFAIL allocation can never be met: nothing else runs that could free memory")
+
+    def warn(self, function: str, text: str = "") -> None:
+        """WARN in C function `function`."""
+        if self._cpu is not None:
+            self.exceptions.report_warn(self._cpu, find_site(self.profile.name, function), text or None)
+
+    def bug(self, function: str, text: str = "") -> None:
+        """BUG in C function `function`: the task ends."""
+        raise TaskEnded(self.exceptions.report_bug(self.cpu, find_site(self.profile.name, function)))
+
+    def printk(self, text: str) -> None:
+        """A line of the kernel log."""
+        self.print_lines((text,))
+
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Whole lines that the kernel prints itself."""
+        self.log.print_lines(lines)
+
+    def warn_alloc(self, gfp: int, text: str) -> None:
+        """A failed allocation's message, with the stack of the caller."""
+        if self._cpu is None:
+            return
+        self.exceptions.report_alloc(self._cpu, gfp, text)
+
+
+class _NextArgument:
+    """The variable arguments of a call: what is left in registers, then the stack."""
+
+    def __init__(self, cpu: KernelCpu, registers: list[int], stack: int) -> None:
+        self._cpu = cpu
+        self._registers = registers
+        self._stack = stack
+
+    def __call__(self) -> int:
+        if self._registers:
+            return self._registers.pop(0)
+        value = int.from_bytes(self._cpu.read(self._stack, 8), "little")
+        self._stack += 8
+        return value
+
+

@@ -1,0 +1,75 @@
+"""Kernel threads: stacks in the vmalloc region, and the code that a new thread starts in.
+
+Source: v6.12 kernel/fork.c alloc_thread_stack_node, arch/x86/kernel/process.c ret_from_fork, arch/x86/entry/entry_64.S
+ret_from_fork_asm, kernel/kthread.c kthread.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from emu.kernel.gfp import GFP_KERNEL, Gfp
+from emu.kernel.layout import PAGE_SIZE
+from emu.kernel.page_alloc import NUMA_NO_NODE
+from emu.kernel.vmalloc import Vmalloc
+
+THREAD_SIZE = 4 * PAGE_SIZE
+TASK_COMM_LEN = 16
+# A frame that looks like the saved registers of a thread that never was in user mode lies on top of each stack.
+TOP_OF_KERNEL_STACK_PADDING = 0
+PT_REGS_SIZE = 168
+THREADINFO_GFP = int(GFP_KERNEL | Gfp.ZERO)
+
+
+@dataclass(slots=True)
+class KernelThread:
+    """A thread: its number, name, stack [stack, stack + THREAD_SIZE) and the CPU it runs on."""
+
+    pid: int
+    comm: str
+    stack: int
+    cpu: int = 0
+
+    @property
+    def stack_end(self) -> int:
+        """One past the highest byte of the stack."""
+        return self.stack + THREAD_SIZE
+
+
+def comm_of(name: str) -> str:
+    """A task's name as the kernel keeps it: 15 bytes and a NUL."""
+    return name.encode("ascii", "replace").decode()[: TASK_COMM_LEN - 1]
+
+
+def alloc_thread_stack_node(vmalloc: Vmalloc, caller: int, node: int = NUMA_NO_NODE) -> int:
+    """A zeroed stack of THREAD_SIZE, aligned to its size, with a guard page behind it; 0 without memory."""
+    return vmalloc.vmalloc_node_range(
+        THREAD_SIZE, THREAD_SIZE, vmalloc.layout.vmalloc_start, vmalloc.layout.vmalloc_end, THREADINFO_GFP,
+        vmalloc.prots.kernel, 0, node, caller,
+    )
+
+
+def initial_rsp(thread: KernelThread) -> int:
+    """Where a new thread's stack pointer begins: below the frame that would return to user mode."""
+    return thread.stack_end - TOP_OF_KERNEL_STACK_PADDING - PT_REGS_SIZE
+
+
+def ret_from_fork_code(ret_from_fork_asm: int, ret_from_fork: int, kthread: int) -> dict[int, bytes]:
+    """Machine code of the three functions under every kernel thread, by their addresses; RBX is the thread's function.
+
+    The thread's return ends at the HLT behind kthread's call, which is the kernel model's to handle.
+    """
+
+    def call(at: int, target: int) -> bytes:
+        return b"\xe8" + struct.pack("<i", target - (at + 5))
+
+    return {
+        ret_from_fork_asm: call(ret_from_fork_asm, ret_from_fork) + b"\xf4",
+        ret_from_fork: call(ret_from_fork, kthread) + b"\xc3",
+        kthread: b"\xff\xd3\xf4",  # call rbx; hlt
+    }
+
+
+KTHREAD_EXIT = 2
+"""Offset in kthread of the HLT that a finished thread reaches."""
