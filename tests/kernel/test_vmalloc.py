@@ -74,6 +74,7 @@ def test_a_range_that_is_too_small_is_reported_as_the_version_does(profile):
         "6.1": "vmap allocation for size 69632 failed: use vmalloc=<size> to increase size",
     }
     assert k.task.log == [wanted[profile.name]]
+    assert not any(slab.allocated for slab in k.slab._slabs.values())
     assert k.task.warn_allocs == [(0xCC0, "vmalloc error: size 65536, vm_struct allocation failed")]
     k.validate()
 

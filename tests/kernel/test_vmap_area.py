@@ -36,6 +36,12 @@ def alloc(free: FreeVmapAreas, nr: int, align: int = 1, start: int = 0, end: int
     return None if addr == vend else (addr - VMALLOC_START) // PAGE
 
 
+def alloc_unchecked(free: FreeVmapAreas, nr: int, align: int, start: int, end: int) -> int | None:
+    vend = VMALLOC_START + end * PAGE
+    addr = free.alloc(nr * PAGE, align, VMALLOC_START + start * PAGE, vend)
+    return None if addr == vend else addr
+
+
 def put(free: FreeVmapAreas, start: int, end: int) -> VmapArea | None:
     va = free.cache.alloc(0)
     va.va_start, va.va_end = VMALLOC_START + start * PAGE, VMALLOC_START + end * PAGE
@@ -119,6 +125,29 @@ def test_a_node_on_the_search_path_is_taken_if_it_fits_exactly():
 def test_a_window_of_exactly_the_size_is_searched_without_allowance_for_alignment():
     free = free_areas((3, 4), (8, 12), (33, 48))
     assert alloc(free, 4, 4 * PAGE, start=8, end=12) == 8
+
+
+class Counted(VmapArea):
+    """Ends a search that goes round in circles."""
+
+    __slots__ = ()
+    left = 0
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "va_start":
+            Counted.left -= 1
+            assert Counted.left > 0, "the search does not end"
+        return super().__getattribute__(name)
+
+
+def test_a_subtree_that_was_searched_in_vain_is_not_entered_again():
+    free = FreeVmapAreas(VmapAreaCache(), Machine())
+    Counted.left = 10_000
+    for start in range(9, 9 + 16 * 8, 8):
+        free.insert(Counted(VMALLOC_START + start * PAGE, VMALLOC_START + (start + 4) * PAGE))
+    Counted.left = 500
+    # Every range is as long as the request, and none holds it at its alignment.
+    assert alloc_unchecked(free, 4, 4 * PAGE, 8, 12) is None
 
 
 def test_arithmetic_near_the_top_of_the_address_space_does_not_wrap():

@@ -88,8 +88,8 @@ def test_vm_unmap_aliases_flushes_the_dirty_pieces_once_and_then_nothing(profile
     k = kernel(profile)
     first, second = map_ram(k, 1), map_ram(k, 2)
     map_ram(k, 1)
-    k.blocks.vm_unmap_ram(first, 1)
     k.blocks.vm_unmap_ram(second, 2)
+    k.blocks.vm_unmap_ram(first, 1)
     k.blocks.vm_unmap_aliases()
     assert k.task.flushed == [(first, second + 2 * PAGE)]
     k.blocks.vm_unmap_aliases()

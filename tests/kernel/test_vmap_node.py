@@ -88,9 +88,9 @@ def test_a_pool_is_last_in_first_out():
 def test_a_misaligned_head_moves_to_the_tail_and_nothing_is_served():
     made, machine = space(V6_12, 4)
     node = made.nodes.nodes[0]
-    pooled(made.nodes, 0, 8, 3)
+    pooled(made.nodes, 0, 5, 8, 3)
     assert node.pool_del(PAGE, 4 * PAGE, VMALLOC_START, VMALLOC_END, machine) is None
-    assert pool_starts(node, 1) == [8, 3]
+    assert pool_starts(node, 1) == [8, 5, 3]
     assert node.pool_del(PAGE, 4 * PAGE, VMALLOC_START, VMALLOC_END, machine).va_start == VMALLOC_START + 8 * PAGE
 
 
