@@ -31,7 +31,7 @@ from emu.kernel.purge import VmapSpace  # noqa: E402
 from emu.kernel.rbtree import RB_BLACK, RB_RED  # noqa: E402
 from emu.kernel.vmap_area import FreeVmapAreas, VmapArea  # noqa: E402
 
-SEARCH_LIMIT = 1000
+SEARCH_LIMIT = 10_000
 
 
 @dataclass
