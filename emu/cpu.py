@@ -17,17 +17,14 @@ from emu.exceptions import CpuException, Source, Vector, deliver
 from emu.memory import BusError, Memory
 from emu.mmu.fault import Access, NonCanonical, PageFault, PfError
 from emu.mmu.mmu import Mmu
-from emu.mmu.registers import Cr4, Features
+from emu.mmu.registers import Features
 from emu.mmu.tlb import Tlb
 from emu.operands import MemoryAccess, accesses, fault
 from emu.privileged import execute, load_task_register
 from emu.rflags import Rflags
 
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-# Bits of CR4 that Unicorn itself must know: SSE, FS/GS base instructions, and SMAP for its split of soft TLBs by RFLAGS.AC.
-_ENGINE_CR4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | Cr4.SMAP | Cr4.TSD | Cr4.DE | Cr4.PAE
 _AC = int(Rflags.AC)
-_ENGINE_CR0_PG = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +60,19 @@ CpuStop = KernelEntry | Halted | LimitReached | Interrupted
 class Cpu:
     """A CPU of a machine.
 
-    `is_stub(la)`: whether an HLT at `la` calls the kernel model. `limit` bounds the instructions exactly (see Engine).
+    `is_stub(la)`: whether an HLT at `la` calls the kernel model. `limit` bounds the instructions exactly (see Engine). `engine` is
+    the kind of engine to run on.
     """
 
     def __init__(
         self, number: int, memory: Memory, *, features: Features, levels: int = 4, tlb: Tlb | None = None,
-        is_stub: Callable[[int], bool] = lambda la: False, limit: int | None = None,
+        is_stub: Callable[[int], bool] = lambda la: False, limit: int | None = None, engine: type[Engine] = Engine,
     ) -> None:
         self.id = number
         self.memory = memory
         self.features = features
         self.mmu = Mmu(memory, tlb if tlb is not None else Tlb(), features, levels)
-        self.engine = Engine(memory, self.mmu, limit=limit)
+        self.engine = engine(memory, self.mmu, limit=limit)
         self.engine.is_implicit = self._is_implicit
         self.mmu.read_ac = self.read_ac
         self.is_stub = is_stub
@@ -137,9 +135,8 @@ class Cpu:
         return bool(self.engine.reg("rflags") & _AC)
 
     def sync_engine_registers(self) -> None:
-        """Tell the engine what it must know of the control registers; paging stays off there, since it is ours."""
-        self.engine.set_reg("cr0", self.mmu.cr0 & ~_ENGINE_CR0_PG)
-        self.engine.set_reg("cr4", self.mmu.cr4 & _ENGINE_CR4)
+        """Tell the engine what it must know of the control registers."""
+        self.engine.load_control_registers()
 
     def enter_privilege(self, cpl: int, cs: int, *, new_stack: bool) -> None:
         """Take a code segment and privilege level; a change to an inner level loads a null SS (SDM vol. 3A 6.14.2)."""

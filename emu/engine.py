@@ -41,6 +41,7 @@ from emu.instruction_counter import InstructionCounter
 from emu.memory import PAGE_SIZE, BusError, Memory, MmioRegion
 from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.mmu import Mmu
+from emu.mmu.registers import Cr0, Cr4
 from emu.mmu.walk import walk
 from emu.privileged_opcodes import candidates, is_intercepted
 
@@ -51,6 +52,8 @@ _UNTIL_AT_ZERO = 1 << 32
 _WRITE_GRANT = 2
 _EXEC_GRANT = 4
 _PAGE_MASK = ~(PAGE_SIZE - 1)
+# Bits of CR4 that Unicorn itself must know: SSE, FS/GS base instructions, and SMAP for its split of soft TLBs by RFLAGS.AC.
+_ENGINE_CR4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | Cr4.SMAP | Cr4.TSD | Cr4.DE | Cr4.PAE
 
 REGISTERS = {
     **{name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in (
@@ -81,12 +84,14 @@ class Engine:
     `limit` counts instructions exactly and bounds them (InstructionCounter); None runs at full speed without a bound.
     """
 
+    tlb_mode = UC_TLB_VIRTUAL
+
     def __init__(self, memory: Memory, mmu: Mmu, *, limit: int | None = None) -> None:
         self.memory = memory
         self.mmu = mmu
         self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
         self.uc.ctl_set_cpu_model(UC_CPU_X86_ICELAKE_SERVER)
-        self.uc.ctl_set_tlb_mode(UC_TLB_VIRTUAL)
+        self.uc.ctl_set_tlb_mode(self.tlb_mode)
         self.uc.mem_map_ptr(0, memory.size, 7, memory.host_address)
         for region in memory.mmio:
             self._map_mmio(region)
@@ -117,13 +122,22 @@ class Engine:
         self._callback_error: Exception | None = None
         memory.on_code_write = self._on_code_write
         mmu.on_drop = self.drop_soft_tlb
-        self.uc.hook_add(UC_HOOK_TLB_FILL, self._make_fill())
+        self._hook_translation()
         self.uc.hook_add(UC_HOOK_INTR, self._on_interrupt)
         self.uc.hook_add(UC_HOOK_INSN_INVALID, self._on_invalid)
         self.uc.hook_add(UC_HOOK_INSN, self._on_in, aux1=x86.UC_X86_INS_IN)
         self.uc.hook_add(UC_HOOK_INSN, self._on_out, aux1=x86.UC_X86_INS_OUT)
-        if mmu.tlb.mode == "none":
+
+    def _hook_translation(self) -> None:
+        """Take over the translation of addresses, before any code has run."""
+        self.uc.hook_add(UC_HOOK_TLB_FILL, self._make_fill())
+        if self.mmu.tlb.mode == "none":
             self.uc.hook_add(UC_HOOK_CODE, self._on_every_instruction)
+
+    def load_control_registers(self) -> None:
+        """Tell Unicorn what it must know of the MMU's control registers; paging stays off there, since it is ours."""
+        self.set_reg("cr0", self.mmu.cr0 & ~Cr0.PG)
+        self.set_reg("cr4", self.mmu.cr4 & _ENGINE_CR4)
 
     def run(self, rip: int) -> StopReason:
         """Execute from `rip` until something needs the outside. The reason's data is in `fault`, `vector`, `counter`."""
