@@ -69,6 +69,10 @@ class VmapBlocks:
     def _index_of(self, la: int) -> dict[int, VmapBlock]:
         return self.index[la // VMAP_BLOCK_SIZE % len(self.index)]
 
+    def find_block(self, la: int) -> VmapBlock | None:
+        """The block that `la` lies in, or None."""
+        return self._index_of(la).get(la // VMAP_BLOCK_SIZE)
+
     # Mapping
 
     def vm_map_ram(self, pfns: Pfns, count: int, node: int = NUMA_NO_NODE) -> int:
@@ -153,7 +157,7 @@ class VmapBlocks:
         vmalloc = self.vmalloc
         order = get_order(size)
         offset = la % VMAP_BLOCK_SIZE >> PAGE_SHIFT
-        block = self._index_of(la).get(la // VMAP_BLOCK_SIZE)
+        block = self.find_block(la)
         if block is None:
             # The kernel takes the lock of a block that is not there: a write to address 0.
             vmalloc.context.store(0, 1)
