@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
 from emu.cpu import Cpu, Halted, Interrupted, KernelEntry, LimitReached
 from emu.descriptors import TableRegister
+from emu.engine import Engine
 from emu.exceptions import CpuException, TripleFault, Vector
 from emu.guest.error import GuestError
 from emu.guest.expect import Fault, Outcome, Unreadable
 from emu.guest.link import Linked, link
 from emu.guest.program import Program, SectionKind
+from emu.kernel.bug_table import parse_bug_table
 from emu.kernel.entry import End, Ending
 from emu.kernel.kernel import Kernel
 from emu.kernel.module import DATA, RO_AFTER_INIT, RODATA, TEXT, Module
 from emu.kernel.module_api import ModuleApi
+from emu.kernel.places import place_of
 from emu.kernel.profile import find_profile
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.task import comm_of, initial_rsp
@@ -33,6 +36,7 @@ from emu.mmu.registers import Cr0, Cr4, Efer, Features
 from emu.mmu.tlb import Tlb, TlbMode
 from emu.mmu.walk import walk
 from emu.msr import IA32_FMASK, IA32_LSTAR, IA32_PAT, IA32_STAR
+from emu.native import NativeEngine
 from emu.trace import Delivery, FunctionCall, Sink, TlbFlushed, discard
 
 DEFAULT_MEMORY = 1 << 30
@@ -84,8 +88,35 @@ class MachineConfig:
             raise ValueError(f"paging levels is {self.levels}; it must be 4 or 5")
         if self.tlb not in {mode.value for mode in TlbMode}:
             raise ValueError(f"TLB mode is {self.tlb!r}; it must be one of {', '.join(mode.value for mode in TlbMode)}")
+        if self.native and self.tlb != TlbMode.INFINITE:
+            raise ValueError(f"TLB mode is {self.tlb!r}; a native machine has Unicorn's own TLB, whose mode cannot be chosen")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}; it must be 0 to 2^64-1")
+
+
+class _Watchdog:
+    """Calls `stop` after `timeout` seconds, and again until its block is left: a stop between two runs of the engine is lost."""
+
+    REPEAT = 0.005
+
+    def __init__(self, timeout: float, stop: Callable[[], None]) -> None:
+        self._timeout = timeout
+        self._stop = stop
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        wait = self._timeout
+        while not self._left.wait(wait):
+            self._stop()
+            wait = self.REPEAT
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
 
 
 class WatchdogExpired(Exception):
@@ -121,7 +152,8 @@ class Machine:
         )
         ModuleApi(self.kernel)
         self.cpu = Cpu(
-            0, self.memory, features=features, levels=config.levels, tlb=Tlb(config.tlb), is_stub=self.kernel.is_stub, limit=limit,
+            0, self.memory, features=features, levels=config.levels, tlb=Tlb(TlbMode.NONE if config.native else config.tlb),
+            is_stub=self.kernel.is_stub, limit=limit, engine=NativeEngine if config.native else Engine,
         )
         self.cpu.on_delivery = self._on_delivery
         self.faults: list[Fault] = []
@@ -234,13 +266,8 @@ class Machine:
         if timeout is None:
             ended, returned = self._run()
         else:
-            watchdog = threading.Timer(timeout, cpu.engine.stop)
-            watchdog.daemon = True
-            watchdog.start()
-            try:
+            with _Watchdog(timeout, cpu.engine.stop):
                 ended, returned = self._run()
-            finally:
-                watchdog.cancel()
         return self._outcome(ended, returned, linked)
 
     def _run(self) -> tuple[str, int | None]:
@@ -313,6 +340,10 @@ class Machine:
         """The kernel log, a line each."""
         return (line.text for line in self.kernel.log.lines)
 
+    def place_of(self, la: int) -> str:
+        """What a linear address lies in, in words: an area and offset, its guard page, or the part of the address map."""
+        return place_of(self.kernel, la)
+
     # ---- memory as init_mm's tables show it now, past every TLB
 
     def _pieces(self, la: int, size: int) -> Iterable[tuple[int, int]]:
@@ -356,7 +387,16 @@ def _module_symbols(linked: Linked) -> list[tuple[str, int, int]]:
 
 
 def _bug_table(linked: Linked) -> dict[int, BugEntry]:
-    return {}
+    def read_string(la: int) -> str | None:
+        where = linked.where(la)
+        if where is None:
+            return None
+        name, offset = where
+        return linked.images[name][1][offset:].partition(b"\0")[0].decode("latin-1")
+
+    if "__bug_table" not in linked.images:
+        return {}
+    return parse_bug_table(*linked.images["__bug_table"], read_string)
 
 
 def _reader(regs: PtRegs, cpu: Cpu) -> dict[str, int]:

@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    ["emu.cli", "emu.__main__", "emu.pytest_plugin"],
-    ["emu.report"],
-    ["emu.machine", "emu.run"],
+    ["emu.cli", "emu.__main__"],
+    ["emu.report", "emu.progress"],
+    ["emu.run"],
+    ["emu.machine"],
     ["emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions", "emu.cpuid", "emu.engine", "emu.engine_context",
      "emu.instruction_counter", "emu.privileged_opcodes", "emu.operands", "emu.decode", "emu.rflags"],
     ["emu.kernel"],

@@ -409,10 +409,15 @@ def warn(
     line: int = 0,
     message: str | None = None,
     taint: Taint = Taint.WARN,
+    cut_here: bool = True,
 ) -> OopsReport:
-    """A WARN() splat: `message` is the text of WARN(cond, fmt), None for WARN_ON. An empty file leaves the place out."""
+    """A WARN() splat: `message` is the text of WARN(cond, fmt), None for WARN_ON. An empty file leaves the place out.
+
+    `cut_here` is false where the marker was printed before.
+    """
     out = _Printer(src, state)
-    out.add(CUT_HERE)
+    if cut_here:
+        out.add(CUT_HERE)
     if message is not None:
         out.add(*message.removesuffix("\n").split("\n"))
     place = f"{file}:{line} " if file else ""

@@ -214,13 +214,17 @@ TRAP_RULES = {
 
 @dataclass(frozen=True, slots=True)
 class BugEntry:
-    """A row of __bug_table: where a UD2 stands for BUG() or WARN(). `no_cut_here`: WARN() with a text of its own."""
+    """A row of __bug_table: where a UD2 stands for BUG() or WARN().
+
+    `cut_here` is false for a WARN() with a text of its own: __warn_printk has printed the marker and the text already.
+    """
 
     file: str = ""
     line: int = 0
     warning: bool = False
     once: bool = False
     message: str | None = None
+    cut_here: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,7 +489,7 @@ def report(src: OopsSource, state: OopsState, action: Action, regs: PtRegs) -> O
         case Resume(lines=lines) | Signal(lines=lines):
             return OopsReport(lines)
         case Warn(bug=bug):
-            return warn(src, state, regs, file=bug.file, line=bug.line, message=bug.message)
+            return warn(src, state, regs, file=bug.file, line=bug.line, message=bug.message, cut_here=bug.cut_here)
         case Panic(message=message, lines=lines, shows_regs=shows_regs):
             return panic(src, state, message, before=lines, regs=regs if shows_regs else None)
         case HandlePageFault():

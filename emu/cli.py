@@ -1,0 +1,158 @@
+"""The command line: `vmemu run FILE...`.
+
+Exit status: 0 every guest ended as its header says, 1 some did not (a finding), 2 wrong use or bad input, with one line on stderr
+that names the value and the place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from emu import __version__
+from emu.guest.directives import MachineOptions
+from emu.guest.error import GuestError
+from emu.kernel.profile import PROFILES
+from emu.mmu.tlb import TlbMode
+
+OK, FINDING, WRONG_USE = 0, 1, 2
+_SIZE = re.compile(r"(\d+)([KMGT]?)", re.ASCII)
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_MAX_INTEGER = 1 << 64
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(WRONG_USE)
+
+
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256M or 4G")
+    value = int(match[1]) << _UNITS[match[2]]
+    if not 0 < value < _MAX_INTEGER:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range")
+    return value
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text, 0)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low} to {high}")
+        return value
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
+def _add_machine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine", "each wins over the same option in a guest's header")
+    group.add_argument("--levels", type=int, choices=(4, 5), help="paging levels (default 4)")
+    group.add_argument("--cpus", type=_integer(1, 1), metavar="N", help="CPUs: 1 in this version")
+    group.add_argument("--memory", type=_size, metavar="SIZE", help="RAM, e.g. 256M or 64G; multiple of 4M (default 1G)")
+    group.add_argument("--nodes", type=_integer(1, 8), metavar="N", help="NUMA nodes (default 1)")
+    group.add_argument("--kernel", choices=tuple(PROFILES), help="kernel version to model (default 6.12)")
+    group.add_argument("--tlb", choices=tuple(mode.value for mode in TlbMode), help="TLB model (default infinite)")
+    group.add_argument("--native", type=_switch, metavar="on|off", nargs="?", const=True,
+                       help="let Unicorn walk the page tables: faster, without our TLB")
+    group.add_argument("--kaslr", type=_switch, metavar="on|off", nargs="?", const=True,
+                       help="randomise the address map from the seed (default off)")
+    group.add_argument("--seed", type=_integer(0, _MAX_INTEGER - 1), metavar="N", help="seed of all randomness (default 0)")
+    group.add_argument("--max-instructions", type=_integer(1, _MAX_INTEGER >> 2), metavar="N",
+                       help="bound of the guest's run (default 1000000000)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vmemu", description="An emulated x86-64 machine for work on Linux's kernel mappings.")
+    parser.add_argument("--version", action="version", version=f"vmemu {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    run = commands.add_parser(
+        "run", help="run guest programs and judge them by their headers",
+        description="Run guest programs (.asm, .c, .S, .o), each on a machine of its own, and judge them by their headers.",
+        epilog="exit status: 0 as expected, 1 a finding, 2 wrong use or bad input",
+    )
+    run.add_argument("files", nargs="+", metavar="FILE", help="guest program")
+    run.add_argument("--json", action="store_true", help="print the results as a JSON array")
+    run.add_argument("-q", "--quiet", action="store_true", help="print failures and the last line only")
+    run.add_argument("-v", "--verbose", action="store_true", help="print exceptions, kernel calls and TLB flushes too")
+    _add_machine_options(run)
+    return parser
+
+
+def _overrides(arguments: argparse.Namespace) -> MachineOptions:
+    return MachineOptions(
+        levels=arguments.levels, memory=arguments.memory, kernel=arguments.kernel, nodes=arguments.nodes, cpus=arguments.cpus,
+        tlb=arguments.tlb, native=arguments.native, kaslr=arguments.kaslr, seed=arguments.seed,
+        max_instructions=arguments.max_instructions,
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from emu import report
+    from emu.progress import Progress
+    from emu.run import run_file
+
+    overrides = _overrides(arguments)
+    results, errors = [], 0
+    single = len(arguments.files) == 1
+    with Progress(len(arguments.files), enabled=not single and not arguments.quiet) as progress:
+        for path in arguments.files:
+            progress.start(path)
+            try:
+                result = run_file(path, overrides, keep_events=arguments.verbose)
+            except GuestError as error:
+                progress.print_error(f"vmemu: {error}")
+                errors += 1
+            except (ValueError, MemoryError) as error:
+                progress.print_error(f"vmemu: {path}: {error}")
+                errors += 1
+            else:
+                results.append(result)
+                if not arguments.json and ((single and not arguments.quiet) or not result.ok or arguments.verbose):
+                    progress.print(report.run_text(result, verbose=arguments.verbose))
+            progress.done()
+    if arguments.json:
+        print(report.dump_json([report.run_json(result) for result in results]))
+    elif not single:
+        if not arguments.quiet:
+            progress.table(("guest", "", "ending", "first fault"), report.summary_rows(results))
+        print(report.counts_text(results, errors))
+    elif arguments.quiet and results and results[0].ok:
+        print(report.verdict(results[0]))
+    if errors:
+        return WRONG_USE
+    return OK if all(result.ok for result in results) else FINDING
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        return _run(_parser().parse_args(argv))
+    except BrokenPipeError:
+        # The reader of our output has gone: nothing is left to say, and the interpreter must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        print("vmemu: interrupted", file=sys.stderr)
+        return WRONG_USE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

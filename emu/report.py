@@ -1,0 +1,133 @@
+"""Results as people and programs read them: text, a table, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from emu.exceptions import HAS_ERROR_CODE
+from emu.guest.directives import VECTOR_NAMES
+from emu.guest.expect import Fault
+from emu.run import RunResult
+from emu.trace import Delivery, Event, FunctionCall, TlbFlushed
+
+
+def vector_name(vector: int) -> str:
+    """ "#PF" and its like; "vector 32" for an interrupt."""
+    return VECTOR_NAMES.get(vector, f"vector {vector}")
+
+
+def fault_text(fault: Fault) -> str:
+    """One line: vector, error code, address, RIP."""
+    error = f" error {fault.error:#06x}" if fault.vector in HAS_ERROR_CODE and fault.error is not None else ""
+    address = f" at {fault.address:#x}" if fault.address is not None else ""
+    return f"{vector_name(fault.vector)}{error}{address}, RIP {fault.rip:#x}"
+
+
+def ending_text(result: RunResult) -> str:
+    """How the run ended, in a few words."""
+    outcome = result.outcome
+    if outcome.ended == "returned":
+        value = outcome.returned or 0
+        low = value & 0xFFFF_FFFF
+        return f"returned {low - ((low & 0x8000_0000) << 1)}"
+    if outcome.ended == "limit":
+        return f"reached its limit of {result.max_instructions} instructions"
+    return f"ended by {outcome.ended}"
+
+
+def verdict(result: RunResult) -> str:
+    """The one line that every run ends with."""
+    return f"{'PASS' if result.ok else 'FAIL'} {result.path}: {ending_text(result)}"
+
+
+def run_text(result: RunResult, *, verbose: bool = False) -> str:
+    """Log, faults with where their addresses lie, failed expectations, verdict."""
+    lines: list[str] = []
+    if verbose:
+        lines += [event_text(event) for event in result.events]
+        lines.append("")
+    lines += result.outcome.log
+    if result.outcome.log:
+        lines.append("")
+    shown = list(result.outcome.faults)[:8]
+    places = iter(result.places)
+    for fault in shown:
+        lines.append(f"vmemu: {fault_text(fault)}")
+        if fault.address is not None:
+            lines.append(f"       {next(places)}")
+    hidden = sum(result.statistics.exceptions.values()) - len(shown)
+    if hidden > 0:
+        lines.append(f"vmemu: {hidden} more")
+    lines += [f"vmemu: {failure}" for failure in result.failures]
+    lines.append(verdict(result))
+    return "\n".join(lines)
+
+
+def event_text(event: Event) -> str:
+    """One line for an event of a run."""
+    match event:
+        case Delivery(cpu=cpu, vector=vector, error=error, rip=rip, cr2=cr2):
+            code = "" if error is None else f" error {error:#06x}"
+            address = "" if cr2 is None else f" CR2 {cr2:#x}"
+            return f"cpu{cpu}: {vector_name(vector)}{code}{address} RIP {rip:#x}"
+        case FunctionCall(cpu=cpu, name=name, arguments=arguments, result=result):
+            return f"cpu{cpu}: {name}({', '.join(f'{a:#x}' for a in arguments)}) = {result:#x}"
+        case TlbFlushed(cpu=cpu, start=start, end=end):
+            what = "everything" if end - start >> 64 else f"{start:#x}-{end:#x}"
+            return f"cpu{cpu}: TLB flush of {what}"
+
+
+def run_json(result: RunResult) -> dict[str, Any]:
+    """The result as plain data; docs/json.md describes it."""
+    outcome = result.outcome
+    places = iter(result.places)
+    return {
+        "file": result.path,
+        "ok": result.ok,
+        "machine": dataclasses.asdict(result.config) | {"max_instructions": result.max_instructions},
+        "ended": outcome.ended,
+        "returned": outcome.returned,
+        "failures": list(result.failures),
+        "faults": [
+            {
+                "vector": int(fault.vector),
+                "name": vector_name(fault.vector),
+                "error": fault.error,
+                "address": fault.address,
+                "place": None if fault.address is None else next(places),
+                "rip": fault.rip,
+            }
+            for fault in outcome.faults
+        ],
+        "exceptions": {vector_name(v): n for v, n in sorted(result.statistics.exceptions.items())},
+        "kernel_calls": dict(sorted(result.statistics.kernel_calls.items())),
+        "flushes": result.statistics.flushes,
+        "full_flushes": result.statistics.full_flushes,
+        "log": list(outcome.log),
+    }
+
+
+def dump_json(results: Sequence[dict[str, Any]]) -> str:
+    """One JSON array, stable to the byte for the same results."""
+    return json.dumps(list(results), indent=2, ensure_ascii=True)
+
+
+def summary_rows(results: Sequence[RunResult]) -> list[tuple[str, str, str, str]]:
+    """File, verdict, ending and first fault of each run, for a table."""
+    rows = []
+    for result in results:
+        first = fault_text(result.outcome.faults[0]) if result.outcome.faults else "-"
+        rows.append((result.path, "PASS" if result.ok else "FAIL", ending_text(result), first))
+    return rows
+
+
+def counts_text(results: Sequence[RunResult], errors: int) -> str:
+    """The last line of a run of several files."""
+    passed = sum(result.ok for result in results)
+    text = f"{passed} passed, {len(results) - passed} failed"
+    return text + (f", {errors} could not be run" if errors else "")
+
+
