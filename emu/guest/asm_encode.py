@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from emu.guest.asm_expression import Linear, Malformed
 from emu.guest.asm_operand import PLACEHOLDER32, PLACEHOLDER64, REGISTER_SIZE, Imm, Mem, Operand, Reg, spell
-from emu.guest.asm_verify import AMBIGUOUS, difference
+from emu.guest.asm_verify import AMBIGUOUS, canonical, difference
 from emu.guest.program import RelocationType
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ _SHORT_ONLY = {
     "loop": b"\xe2", "loope": b"\xe1", "loopz": b"\xe1", "loopne": b"\xe0", "loopnz": b"\xe0", "jrcxz": b"\xe3",
     "jecxz": b"\x67\xe3",
 }  # fmt: skip
+# Keystone never returns from a prefix that no name follows, so only instructions reach it.
+_NOT_INSTRUCTIONS = PREFIXES | frozenset("data16 addr32 rex64 xacquire xrelease notrack cs ds es fs gs ss".split())
+# They always mean (R)SI and (R)DI; given other operands, Keystone warns on standard error and ignores them.
+_STRING = frozenset(f"{name}{size}" for name in "movs stos lods scas cmps ins outs".split() for size in "bwdq") | {"xlatb"}
 # mov al/ax/eax/rax to or from a 64-bit address.
 _MOFFS = range(0xA0, 0xA4)
 # One bad line makes Keystone reject its whole text, and then each line of the text is tried alone.
@@ -125,6 +129,7 @@ def _by_hand(insn: Instruction) -> Encoded | None:
         raise BadInstruction(insn.line, f"{insn.mnemonic} is ambiguous in 64-bit mode: write {AMBIGUOUS[insn.mnemonic]}")
     for operand in insn.operands:
         _check_range(insn, operand)
+    _check_mnemonic(insn)
     if insn.mnemonic in _FIXED and not insn.operands and not insn.prefix:
         return Encoded(_FIXED[insn.mnemonic])
     if insn.mnemonic == "push" and len(insn.operands) == 1 and not insn.prefix:
@@ -132,6 +137,21 @@ def _by_hand(insn: Instruction) -> Encoded | None:
         if isinstance(operand, Imm):
             return _push(insn, operand.value)
     return None
+
+
+@cache
+def _instructions() -> frozenset[str]:
+    from capstone.x86_const import X86_INS_ENDING
+
+    return frozenset(canonical(_capstone().insn_name(number)) for number in range(1, X86_INS_ENDING)) - _NOT_INSTRUCTIONS
+
+
+def _check_mnemonic(insn: Instruction) -> None:
+    if canonical(insn.mnemonic) not in _instructions() or insn.mnemonic in _NOT_INSTRUCTIONS:
+        raise BadInstruction(insn.line, f"unknown instruction or directive {insn.mnemonic!r}")
+    with_vectors = any(isinstance(o, Reg) and o.name.startswith("xmm") for o in insn.operands)
+    if insn.mnemonic in _STRING and insn.operands and not with_vectors:
+        raise BadInstruction(insn.line, f"{insn.mnemonic} takes no operands: it means RSI and RDI")
 
 
 def _check_range(insn: Instruction, operand: Operand) -> None:

@@ -94,7 +94,7 @@ def test_push_of_an_immediate_is_the_value_that_was_written() -> None:
         "int 256", "mov rax, 1 << 200", "mov rax, 1 / 0", "db", "db 256", "dw 'abcd'", "resb 8", "align 3", "align 8192",
         "times 5 ret", "section .bogus", "x equ", "call", "loop 5", "mov rax, 'abc", "lock", "rep", "%define x 1", ".byte 1",
         "jmp short", "mov rax, [eax + rbx]", "dd 0x100000000", "bits 32", "global 5", "x: x: ret", "call short x", "far: ret",
-        "rax equ 5",
+        "rax equ 5", "data16 -1", "lock -1", "rep [rax]", "lock lock", "rep rep movsb", "rex64", "stosq [rax]", "lock data16 -1",
     ],
 )  # fmt: skip
 def test_a_line_that_cannot_be_encoded_as_written_is_an_error_with_its_line(line: str) -> None:

@@ -39,7 +39,8 @@ def instruction(rng: random.Random) -> str:
     number = rng.choice([0, 1, -1, 127, -128, 128, 255, 4096, 65535, 0x7FFFFFFF, -0x80000000, rng.getrandbits(8 * min(size, 4))])
     name = rng.choice(rng.choice([TWO_OPERANDS, OTHERS]))
     if name in TWO_OPERANDS:
-        return f"{name} {rng.choice([f'{operand}, {number}', f'{register}, {memory(rng, size)}', f'{memory(rng, size)}, {register}'])}"
+        operands = rng.choice([f"{operand}, {number}", f"{register}, {memory(rng, size)}", f"{memory(rng, size)}, {register}"])
+        return f"{name} {operands}"
     if name in ("inc", "not", "mul"):
         return f"{name} {operand}"
     if name in ("xadd", "cmpxchg"):
