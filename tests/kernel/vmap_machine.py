@@ -126,13 +126,19 @@ class Kernel:
 
 
 def kernel(
-    profile: Profile = V6_12, *, size: int = 64 << 20, nodes: int = 1, cpus: int = 1, levels: int = 4
+    profile: Profile = V6_12,
+    *,
+    size: int = 64 << 20,
+    nodes: int = 1,
+    cpus: int = 1,
+    levels: int = 4,
+    pti: bool = False,
 ) -> Kernel:
     """A booted kernel with an empty vmalloc region."""
     memory = Memory(size, nodes)
     layout = make_layout(levels, memory_size=size)
     task = Task(possible=cpus, online=cpus)
-    floor = setup_kernel_memory(memory, layout, profile, task)
+    floor = setup_kernel_memory(memory, layout, profile, task, pti=pti)
     task.mm = floor.init_mm
     slab = Slab(floor.pages, layout)
     bounds = (layout.vmalloc_start, layout.vmalloc_end)
