@@ -10,6 +10,7 @@ import numpy as np
 from emu.kernel.gfp import GFP_KERNEL
 from emu.kernel.init_64 import InitMm, setup_kernel_memory
 from emu.kernel.layout import make_layout
+from emu.kernel.memblock import Memblock
 from emu.kernel.page_alloc import PageAllocator
 from emu.kernel.profile import V6_12, Profile
 from emu.kernel.purge import VmapSpace
@@ -109,6 +110,7 @@ class Kernel:
     vmalloc: Vmalloc
     vmap: Vmap
     blocks: VmapBlocks
+    memblock: Memblock
 
     def frames(self, count: int) -> np.ndarray:
         """Frames of their own for a mapping."""
@@ -133,16 +135,17 @@ def kernel(
     cpus: int = 1,
     levels: int = 4,
     pti: bool = False,
+    gbpages: bool = True,
 ) -> Kernel:
     """A booted kernel with an empty vmalloc region."""
     memory = Memory(size, nodes)
     layout = make_layout(levels, memory_size=size)
     task = Task(possible=cpus, online=cpus)
-    floor = setup_kernel_memory(memory, layout, profile, task, pti=pti)
+    floor = setup_kernel_memory(memory, layout, profile, task, pti=pti, gbpages=gbpages)
     task.mm = floor.init_mm
     slab = Slab(floor.pages, layout)
     bounds = (layout.vmalloc_start, layout.vmalloc_end)
     made = VmapSpace(design_of(profile), bounds, task, task, task, task)
     vmalloc = Vmalloc(made, floor.init_mm, slab, task, task)
     vmalloc.vmalloc_init()
-    return Kernel(task, floor.init_mm, floor.pages, slab, made, vmalloc, Vmap(vmalloc), VmapBlocks(vmalloc))
+    return Kernel(task, floor.init_mm, floor.pages, slab, made, vmalloc, Vmap(vmalloc), VmapBlocks(vmalloc), floor.memblock)
