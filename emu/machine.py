@@ -7,10 +7,12 @@ handles exported functions and exception entries, and stops when the guest retur
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
+from typing import Self
 
 from emu.cpu import Cpu, Halted, Interrupted, KernelEntry, LimitReached
 from emu.descriptors import TableRegister
@@ -102,6 +104,8 @@ class _Watchdog:
     def __init__(self, timeout: float, stop: Callable[[], None]) -> None:
         self._timeout = timeout
         self._stop = stop
+        self.late = False
+        self._start = 0.0
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -111,10 +115,13 @@ class _Watchdog:
             self._stop()
             wait = self.REPEAT
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
+        self._start = time.perf_counter()
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
+        self.late = time.perf_counter() - self._start > self._timeout
         self._left.set()
         self._thread.join()
 
@@ -266,8 +273,10 @@ class Machine:
         if timeout is None:
             ended, returned = self._run()
         else:
-            with _Watchdog(timeout, cpu.engine.stop):
+            with _Watchdog(timeout, cpu.engine.stop) as watchdog:
                 ended, returned = self._run()
+            if watchdog.late:
+                raise WatchdogExpired
         return self._outcome(ended, returned, linked)
 
     def _run(self) -> tuple[str, int | None]:

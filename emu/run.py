@@ -19,6 +19,9 @@ from emu.machine import (
 )
 from emu.trace import Event, Sink, discard
 
+# A bound so low that counting costs less than a second attempt might.
+_COUNTED_AT_ONCE = 10_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
@@ -70,6 +73,8 @@ def run_program(program: Program, overrides: MachineOptions, *, keep_events: boo
     otherwise it is thrown away and repeated, from boot, with an exact counter. Raises as run_file.
     """
     config, limit = configure(program.directives.machine, overrides)
+    if limit <= _COUNTED_AT_ONCE:
+        return _attempt(program, config, limit, limit, None, keep_events)
     try:
         return _attempt(program, config, limit, None, limit / PEAK_INSTRUCTIONS_PER_SECOND, keep_events)
     except WatchdogExpired:
