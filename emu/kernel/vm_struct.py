@@ -167,6 +167,7 @@ class VmAreas:
         self.debug_pagealloc = False
         self._sharded = space.design.sharded
         self._vm_struct_size = SIZEOF_VM_STRUCT[mm.profile.version]
+        self._nr_nodes = len(mm.memory.nodes)
         self._warned: set[str] = set()
         self._vmlist: list[VmStruct] = []
 
@@ -175,6 +176,10 @@ class VmAreas:
         if site not in self._warned:
             self._warned.add(site)
             self.report.warn(site, text)
+
+    def slab_node(self, node: int) -> int:
+        """The node to take a small object from: SLUB takes any where there is no such node (v6.12 mm/slub.c)."""
+        return node if 0 <= node < self._nr_nodes else NUMA_NO_NODE
 
     # Early areas
 
@@ -230,7 +235,7 @@ class VmAreas:
             return None
         if flags & VM_IOREMAP:
             align = 1 << min(max((size - 1).bit_length(), PAGE_SHIFT), IOREMAP_MAX_ORDER)
-        la = self.slab.kmalloc(self._vm_struct_size, gfp, node)
+        la = self.slab.kmalloc(self._vm_struct_size, gfp, self.slab_node(node))
         if not la:
             return None
         if not flags & VM_NO_GUARD:

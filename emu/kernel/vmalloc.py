@@ -36,6 +36,8 @@ from emu.kernel.vmap_area import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX
 # A request to the bulk allocator is bounded, so that it does not hold the CPU for long (v6.12 vm_area_alloc_pages).
 BULK_PAGES = 100
 SIZEOF_POINTER = 8
+# Where struct pglist_data has its zonelists: some pages from its start; the exact offset depends on the configuration.
+NODE_ZONELISTS = 0x2000
 # x86: shared mappings need no more than page alignment.
 SHMLBA = PAGE_SIZE
 
@@ -153,7 +155,7 @@ class Vmalloc(VmAreas):
         if array_size > PAGE_SIZE:
             area.pages_la = self.vmalloc_node_align(array_size, 1, nested_gfp, node, area.caller)
         else:
-            area.pages_la = self.slab.kmalloc(array_size, nested_gfp, node) or 0
+            area.pages_la = self.slab.kmalloc(array_size, nested_gfp, self.slab_node(node)) or 0
         if not area.pages_la:
             self._warn_alloc(
                 gfp,
@@ -187,6 +189,9 @@ class Vmalloc(VmAreas):
     def _vm_area_alloc_pages(self, gfp: int, node: int, order: int, nr_pages: int) -> Pfns:
         """Up to `nr_pages` frames, in blocks of 2^order that are split; fewer when memory or the task ends."""
         pages = self.pages
+        if node != NUMA_NO_NODE and self.slab_node(node) == NUMA_NO_NODE:
+            # NODE_DATA() of a node that is not there is NULL, and the allocator reads its zonelists.
+            self.context.load(NODE_ZONELISTS)
         if order == 0 and nr_pages == 1:
             # The bulk allocator hands a request for one page to the ordinary one.
             pfn = pages.alloc_pages(gfp, 0, node)
@@ -376,16 +381,20 @@ class Vmalloc(VmAreas):
         return self.remove_vm_area(vm.addr)
 
     def _free_page_references(self, pfns: Pfns) -> None:
+        """__free_page for each; a frame that somebody freed before is a bad page, and stays as it is."""
         pages = self.pages
-        if len(pfns) < 8:
-            for pfn in pfns.tolist():
-                pages.free_pages(pfn)
-        elif len(np.unique(pfns)) == len(pfns):
-            pages.free_pages_bulk(pfns)
-        else:
-            # Only vmap with VM_MAP_PUT_PAGES can own a frame twice.
-            for pfn in pfns.tolist():
+        if len(pfns) >= 8:
+            try:
+                pages.free_pages_bulk(pfns)
+                return
+            except ValueError:
+                # Nothing was freed: a frame is there twice, or free already. The frames are looked at one by one.
+                pass
+        for pfn in pfns.tolist():
+            if pages.page_count(pfn) > 0:
                 pages.put_page(pfn)
+            else:
+                self.report.printk(f"BUG: Bad page state  pfn:{pfn:05x}")
 
     def kvfree(self, la: int) -> None:
         """Free memory of vmalloc or kmalloc, whichever it is."""

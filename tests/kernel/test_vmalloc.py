@@ -353,6 +353,25 @@ def test_nofail_tries_again_until_memory_is_there():
     ] * 3
 
 
+@pytest.mark.parametrize("pages", [1, 20])
+def test_frames_that_somebody_freed_before_are_bad_pages_and_the_rest_is_freed(pages):
+    k = kernel()
+    la = k.vmalloc.vmalloc(pages * PAGE)
+    frames = k.vmalloc.find_vm_area(la).pages.tolist()
+    k.pages.put_page(frames[0])
+    k.vmalloc.vfree(la)
+    assert k.task.log == [f"BUG: Bad page state  pfn:{frames[0]:05x}"]
+    assert [k.pages.page_count(pfn) for pfn in frames] == [0] * pages
+    k.validate()
+
+
+def test_a_node_that_does_not_exist_makes_the_kernel_fault_after_reserving_the_area():
+    k = kernel(nodes=2, size=128 << 20)
+    with pytest.raises(LookupError, match="page fault at 0x2000"):
+        k.vmalloc.vmalloc_node(PAGE, 5)
+    assert k.vmalloc.find_vm_area(k.vmalloc.layout.vmalloc_start) is not None
+
+
 # vrealloc
 
 
