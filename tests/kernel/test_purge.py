@@ -10,6 +10,7 @@ from vmap_machine import VMALLOC_END, VMALLOC_START, Machine, space
 
 from emu.kernel.purge import VmapSpace
 from emu.kernel.vmap_area import ULONG_MAX, FreeVmapAreas, VmapArea
+from emu.kernel.vmap_events import tracepoint_text
 from emu.kernel.vmap_node import V6_1, V6_12
 
 PAGE = 4096
@@ -285,6 +286,16 @@ def test_tracepoints_tell_requests_frees_and_purges():
         ("free_vmap_area_noflush", (start, 2, 8192)),
         ("purge_vmap_area_lazy", (start, start + 2 * PAGE, 1)),
     ]
+
+
+def test_tracepoints_print_as_the_kernel_s_formats_say():
+    assert tracepoint_text("alloc_vmap_area", (VMALLOC_START, 8192, 1, VMALLOC_START, VMALLOC_END, 0)) == (
+        "va_start: 18446683600570023936 size=8192 align=1 vstart=0xffffc90000000000 vend=0xffffe8ffffffffff failed=0"
+    )
+    assert tracepoint_text("purge_vmap_area_lazy", (0x1000, 0x3000, 2)) == "start=0x1000 end=0x3000 num_purged=2"
+    assert tracepoint_text("free_vmap_area_noflush", (0x1000, 2, 8192)) == "va_start=0x1000 nr_lazy=2 nr_lazy_max=8192"
+    with pytest.raises(ValueError, match="tracepoint is 'x'"):
+        tracepoint_text("x", ())
 
 
 class Lifecycle(RuleBasedStateMachine):
