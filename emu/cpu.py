@@ -2,6 +2,13 @@
 
 The engine (Unicorn) executes; everything that is privileged, faults, or needs the kernel model happens here, between two runs of
 it, so that Python code may take its time and look at a machine that stands still.
+
+What differs from a CPU:
+- a branch to a non-canonical address raises its #GP with RIP at the target, not at the branch;
+- #AC is never raised, whatever CR0.AM and RFLAGS.AC are, and breakpoints in DR0 to DR3 never match;
+- there is no compatibility mode and there are no call gates: a far transfer to either is a #GP of its selector;
+- loading a code segment does not set the accessed bit of its descriptor;
+- an instruction that begins is counted each time it begins, one that faults and restarts and each element of a REP included.
 """
 
 from __future__ import annotations
@@ -24,7 +31,8 @@ from emu.privileged import execute, load_task_register
 from emu.rflags import Rflags
 
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-_AC = int(Rflags.AC)
+_AC, _IF = int(Rflags.AC), int(Rflags.IF)
+_INT1, _STI = b"\xf1", b"\xfb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,7 @@ class Cpu:
         self.nmi_blocked = False
         self._nmi_pending = False
         self._interrupts: deque[int] = deque()
+        self._interrupt_shadow = False
         self._rip: int | None = None
         self.on_delivery: Callable[[CpuException], None] = lambda exception: None
         self.sync_engine_registers()
@@ -182,11 +191,14 @@ class Cpu:
         self._nmi_pending = True
 
     def _take_pending(self) -> bool:
+        shadow, self._interrupt_shadow = self._interrupt_shadow, False
+        if shadow:
+            return False
         if self._nmi_pending and not self.nmi_blocked:
             self._nmi_pending = False
             deliver(self, CpuException(Vector.NMI), Source.EXTERNAL)
             return True
-        if self._interrupts and self.reg("rflags") & Rflags.IF:
+        if self._interrupts and self.engine.reg("rflags") & _IF:
             deliver(self, CpuException(self._interrupts.popleft()), Source.EXTERNAL)
             return True
         return False
@@ -204,13 +216,27 @@ class Cpu:
     def run(self) -> CpuStop:
         """Execute until the kernel model is called or nothing can go on. Raises TripleFault, BusError."""
         while True:
+            step = False
             if self._interrupts or self._nmi_pending:
-                self._take_pending()
-            reason = self.engine.run(self.rip)
+                # What waits for IF is taken as soon as the program sets it: until then, one instruction at a time.
+                step = not self._take_pending() and bool(self._interrupts)
+                if step:
+                    self._interrupt_shadow = self._casts_shadow()
+            reason = self.engine.step(self.rip) if step else self.engine.run(self.rip)
             self._rip = None
             stop = self._handle(reason)
             if stop is not None:
                 return stop
+
+    def _casts_shadow(self) -> bool:
+        """Whether the next instruction is an STI that will set IF: it holds interrupts back for one more (SDM vol. 2B, STI)."""
+        return self._peek_byte() == _STI and not self.engine.reg("rflags") & _IF
+
+    def _peek_byte(self) -> bytes:
+        try:
+            return self.engine.peek(self.rip, 1)
+        except (PageFault, NonCanonical, BusError):
+            return b""
 
     def _handle(self, reason: StopReason) -> CpuStop | None:
         match reason:
@@ -223,15 +249,27 @@ class Cpu:
             case StopReason.INTERRUPT:
                 self._engine_exception()
             case StopReason.INVALID:
-                self.engine.forget_exception()
-                deliver(self, CpuException(Vector.UD))
+                self._invalid()
             case StopReason.LIMIT:
                 return LimitReached(self.rip)
-            case StopReason.AT_ZERO:
-                pass  # RIP is 0, and the next run begins there
             case StopReason.ASKED:
-                return Interrupted()
+                return self._asked()
+            case StopReason.STEPPED:
+                pass
         return None
+
+    def _asked(self) -> CpuStop:
+        """The engine was stopped from outside; if it stopped in the HLT of a stub, the stub's call is not lost."""
+        la = self.rip - 1 & _MASK64
+        return KernelEntry(la) if self.is_stub(la) else Interrupted()
+
+    def _invalid(self) -> None:
+        self.engine.forget_exception()
+        if self._peek_byte() == _INT1:
+            self.rip += 1
+            deliver(self, CpuException(Vector.DB))
+        else:
+            deliver(self, CpuException(Vector.UD))
 
     def _halt(self) -> CpuStop | None:
         la = self.rip - 1 & _MASK64

@@ -11,7 +11,7 @@ from emu.mmu.registers import Cr4, Features
 _VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)  # "GenuineIntel" in EBX, ECX, EDX
 _BRAND = b"vmemu emulated x86-64 processor".ljust(48, b"\0")
 _SIGNATURE = 0x000606A6
-_MAX_BASIC_LEAF = 0xD
+_MAX_BASIC_LEAF = 7
 _MAX_EXTENDED_LEAF = 0x8000_0008
 _LINEAR_4_LEVEL, _LINEAR_5_LEVEL = 48, 57
 
@@ -25,8 +25,9 @@ _LEAF_1_ECX = _bits(0, 1, 9, 13, 19, 20, 22, 23, 25, 31)
 # Leaf 1 EDX: FPU, VME, DE, PSE, TSC, MSR, PAE, MCE, CX8, PGE, CMOV, PAT, CLFSH, MMX, FXSR, SSE, SSE2.
 _LEAF_1_EDX = _bits(0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 15, 16, 19, 23, 24, 25, 26)
 _LEAF_1_ECX_PCID = 17
-# Leaf 7 EBX: FSGSBASE, BMI1, BMI2, ERMS.
-_LEAF_7_EBX = _bits(0, 3, 8, 9)
+# Leaf 7 EBX: FSGSBASE, ERMS. ECX: UMIP.
+_LEAF_7_EBX = _bits(0, 9)
+_LEAF_7_ECX = _bits(2)
 # Leaf 80000001H EDX: SYSCALL, RDTSCP, LM; ECX: LAHF, LZCNT.
 _EXTENDED_1_EDX = _bits(11, 27, 29)
 _EXTENDED_1_ECX = _bits(0, 5)
@@ -44,7 +45,7 @@ def cpuid(features: Features, leaf: int, subleaf: int, cr4: int) -> tuple[int, i
     if leaf == 7 and subleaf == 0:
         ebx = _LEAF_7_EBX | features.smep << 7 | features.invpcid << 10 | features.smap << 20
         ospke = features.pku and bool(cr4 & Cr4.PKE)
-        return 0, ebx, 1 << 2 | features.pku << 3 | ospke << 4 | features.la57 << 16, 0
+        return 0, ebx, _LEAF_7_ECX | features.pku << 3 | ospke << 4 | features.la57 << 16, 0
     if leaf == 0x8000_0000:
         return _MAX_EXTENDED_LEAF, 0, 0, 0
     if leaf == 0x8000_0001:

@@ -3,6 +3,9 @@
 What Unicorn does not let anybody see is made visible here:
 - privileged instructions: on the first fetch from a page its bytes are searched for their opcodes at every alignment, and each
   candidate gets a hook that stops the engine before the instruction (a candidate that is no instruction start never fires);
+- what lies behind a page: the engine translates a block before it runs any of it, so a block that goes on into the next page asks
+  for that page too early. When the page is refused, the block is run up to its last whole instruction first; when it has
+  candidates, translation begins again with their hooks in place;
 - code changes: no frame is ever executable and writable in the soft TLB at once, so the first store to a scanned page and the
   first fetch after a store come here (and a page filled with both rights would stay on a store path half as fast);
 - privilege level and the never cleared exception state: see engine_context.py.
@@ -14,6 +17,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from enum import Enum, auto
+from threading import Event
 
 from unicorn import (
     UC_ARCH_X86,
@@ -36,6 +40,7 @@ from unicorn import x86_const as x86
 from unicorn.unicorn_py3.unicorn import uclib
 from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER
 
+from emu.decode import Undecodable, decode
 from emu.engine_context import EngineError, discover
 from emu.instruction_counter import InstructionCounter
 from emu.memory import PAGE_SIZE, BusError, Memory, MmioRegion
@@ -43,12 +48,11 @@ from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.mmu import Mmu
 from emu.mmu.registers import Cr0, Cr4
 from emu.mmu.walk import walk
-from emu.privileged_opcodes import candidates, is_intercepted
+from emu.operands import fetch_boundary
+from emu.privileged_opcodes import MAX_LENGTH, candidates, is_intercepted
 
-# Where emu_start stops by itself. Any other value makes it ask for the page before it at the start of each run; a program that
-# really runs at 0 is let go on from there.
-_UNTIL = 0
-_UNTIL_AT_ZERO = 1 << 32
+# How long `stop` waits before it asks again: a request that falls between two runs of the engine is lost.
+_ASK_AGAIN = 0.001
 _WRITE_GRANT = 2
 _EXEC_GRANT = 4
 _PAGE_MASK = ~(PAGE_SIZE - 1)
@@ -74,8 +78,8 @@ class StopReason(Enum):
     INVALID = auto()       # undefined opcode
     FAULT = auto()         # an access could not be translated: `fault`
     LIMIT = auto()         # the instruction limit
-    AT_ZERO = auto()       # about to execute at address 0
     ASKED = auto()         # somebody called `stop`
+    STEPPED = auto()       # one instruction was executed, as asked
 
 
 class Engine:
@@ -95,6 +99,8 @@ class Engine:
         self.uc.mem_map_ptr(0, memory.size, 7, memory.host_address)
         for region in memory.mmio:
             self._map_mmio(region)
+        # Without this emu_start has an end address, and every run takes five times as long to prepare.
+        self.uc.ctl_exits_enabled(True)
         self._layout = discover()
         # The binding's reg_read takes 1.7 us, the library's own function with a buffer kept for it 0.5 us, and a #PF needs twenty.
         self._handle = self.uc._uch
@@ -112,9 +118,12 @@ class Engine:
         self._asked = False
         self._soft_tlb_stale = False
         self._code_stale = False
+        self._translate_again = False
         # Pages this CPU may fetch from now, by linear address: what the soft TLB holds with the right to execute.
         self._fetched: dict[int, int] = {}
         self._hooked: set[int] = set()
+        # The linear pages at which a frame of code was searched for candidates.
+        self._scanned: dict[int, set[int]] = {}
         self._written: set[int] = set()
         # Pages that hold GDT, LDT, IDT or TSS: accesses to them may be implicit supervisor accesses (SDM vol. 3A 4.6.1).
         self.descriptor_pages: set[int] = set()
@@ -141,48 +150,100 @@ class Engine:
 
     def run(self, rip: int) -> StopReason:
         """Execute from `rip` until something needs the outside. The reason's data is in `fault`, `vector`, `counter`."""
-        if self._soft_tlb_stale:
-            self._flush_soft_tlb()
+        return self._execute(rip, step=False)
+
+    def step(self, rip: int) -> StopReason:
+        """Execute the instruction at `rip`: STEPPED, or what `run` would return of it. Ten times as slow as a run."""
+        return self._execute(rip, step=True)
+
+    def _execute(self, rip: int, *, step: bool) -> StopReason:
         if self._code_stale:
             self.uc.ctl_flush_tb()
             self._code_stale = False
-        self._reason = None
-        self.fault = None
-        status = UC_ERR_OK
         self._running = True
         try:
-            self.uc.emu_start(rip, _UNTIL if rip else _UNTIL_AT_ZERO)
+            if self._asked:
+                self._asked = False
+                return StopReason.ASKED
+            is_halt = step and self._is_halt(rip)
+            until: int | None = None
+            while True:
+                reason = self._run_until(rip, until, int(step))
+                if self._translate_again:
+                    rip = self.reg("rip")
+                elif reason is StopReason.HALT and step and not is_halt:
+                    return StopReason.STEPPED
+                elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
+                    rip, until = until, None
+                elif reason is StopReason.FAULT and self.fault_access is Access.FETCH:
+                    until = self._last_whole_instruction()
+                    if until is None:
+                        return reason
+                    rip = self.reg("rip")
+                else:
+                    return reason
+        finally:
+            self._running = False
+
+    def _run_until(self, rip: int, until: int | None, count: int) -> StopReason:
+        if self._soft_tlb_stale:
+            self._flush_soft_tlb()
+        self._reason = None
+        self.fault = None
+        self._translate_again = False
+        status = UC_ERR_OK
+        try:
+            if until is not None:
+                self.uc.ctl_set_exits([until])
+            self.uc.emu_start(rip, 0, 0, count)
         except UcError as error:
             status = error.errno
         finally:
-            self._running = False
+            if until is not None:
+                self.uc.ctl_set_exits([])
+                self.uc.ctl_flush_tb()
         if self._callback_error is not None:
             error_in_callback, self._callback_error = self._callback_error, None
             raise error_in_callback
         return self._classify(status)
 
     def _classify(self, status: int) -> StopReason:
+        if self.counter is not None and self.counter.exhausted:
+            return StopReason.LIMIT
         if self._reason is not None:
             return self._reason
-        if status == UC_ERR_EXCEPTION and self.fault is not None:
+        if status == UC_ERR_EXCEPTION and (self.fault is not None or self._translate_again):
             return StopReason.FAULT
         if status == UC_ERR_INSN_INVALID:
             return StopReason.INVALID
         if status != UC_ERR_OK:
             raise EngineError(f"Unicorn stopped at {self.reg('rip'):#x} with an error of its own: {UcError(status)}")
-        if self.counter is not None and self.counter.exhausted:
-            return StopReason.LIMIT
         if self._asked:
             self._asked = False
             return StopReason.ASKED
-        if self.reg("rip") == _UNTIL:
-            return StopReason.AT_ZERO
         return StopReason.HALT
 
+    def _last_whole_instruction(self) -> int | None:
+        """The end of the block at RIP that its page still holds, None when RIP itself is what cannot be fetched."""
+        rip = self.reg("rip")
+        if rip & _PAGE_MASK == self.fault_page:
+            return None
+        boundary = fetch_boundary(self.peek(rip, PAGE_SIZE - (rip & (PAGE_SIZE - 1))), rip)
+        return None if boundary == rip else boundary
+
+    def _is_halt(self, rip: int) -> bool:
+        try:
+            return decode(self.peek(rip, 15), rip).mnemonic == "hlt"
+        except (Undecodable, PageFault, NonCanonical, BusError):
+            return False
+
     def stop(self) -> None:
-        """Stop a run from another thread, at an unspecified instruction."""
+        """Stop a run from another thread, at an unspecified instruction; the next run when none is under way."""
         self._asked = True
-        self.uc.emu_stop()
+        pause = Event()
+        while self._running and self._asked:
+            self.uc.emu_stop()
+            pause.wait(_ASK_AGAIN)
 
     def reg(self, name: str) -> int:
         """A register by its lower-case name. Raises KeyError for an unknown one."""
@@ -205,7 +266,7 @@ class Engine:
 
     def set_table_register(self, name: str, base: int, limit: int, selector: int = 0) -> None:
         """Load GDTR, IDTR, LDTR or TR: base address, limit in bytes less one."""
-        self.uc.reg_write(REGISTERS[name], (selector, base, limit, 0x8B00 if name == "tr" else 0x8200 if name == "ldtr" else 0))
+        self.uc.reg_write(REGISTERS[name], (selector, base, limit, 0x8900 if name == "tr" else 0x8200 if name == "ldtr" else 0))
 
     def set_cpl(self, cpl: int) -> None:
         """Set the privilege level and forget the exception that the engine last raised."""
@@ -247,6 +308,7 @@ class Engine:
     def _on_code_write(self, frame: int) -> None:
         """The model, not a CPU, changes the bytes of a frame that was executed."""
         self.memory.code_frames.discard(frame)
+        self._scanned.pop(frame, None)
         self._code_stale = True
         self.drop_soft_tlb()
 
@@ -256,6 +318,7 @@ class Engine:
         mmu_fill = mmu.fill
         code_frames = self.memory.code_frames
         written = self._written
+        scanned = self._scanned
         fetch = int(Access.FETCH)
         descriptor_pages = self.descriptor_pages
         fetched = self._fetched
@@ -276,8 +339,11 @@ class Engine:
                 return False
             frame = grant >> 12
             if access == fetch:
-                if frame not in code_frames:
+                if la not in scanned.get(frame, ()):
                     self._scan(la, frame)
+                    if self.reg("rip") & _PAGE_MASK != la:
+                        self._translate_again = True
+                        return False
                 fetched[la] = frame << 12
                 grant &= ~_WRITE_GRANT
             elif grant & _WRITE_GRANT:
@@ -285,6 +351,7 @@ class Engine:
                     written.add(frame)
                 elif access == 17:
                     code_frames.discard(frame)
+                    scanned.pop(frame, None)
                     self._flush_soft_tlb()
                     written.add(frame)
                 else:
@@ -301,9 +368,13 @@ class Engine:
             self._written.clear()
             self._flush_soft_tlb()
         self.memory.code_frames.add(frame)
+        self._scanned.setdefault(frame, set()).add(la)
         if self._region_of(frame << 12) is not None:
             return
-        for offset in candidates(self.memory.read(frame << 12, PAGE_SIZE)):
+        page = self.memory.read(frame << 12, PAGE_SIZE)
+        for offset in candidates(page):
+            if offset <= PAGE_SIZE - MAX_LENGTH and not is_intercepted(page[offset : offset + MAX_LENGTH]):
+                continue
             address = la + offset
             if address not in self._hooked:
                 self._hooked.add(address)
@@ -311,12 +382,12 @@ class Engine:
 
     def _on_candidate(self, uc: Uc, la: int, size: int, _data: object) -> None:
         try:
-            code = self.peek(la, 15)
+            if not is_intercepted(self.peek(la, MAX_LENGTH)):
+                return
         except (PageFault, NonCanonical, BusError):
-            return
-        if is_intercepted(code):
-            self._reason = StopReason.INTERCEPT
-            uc.emu_stop()
+            pass  # it can no longer be fetched, which whoever executes the instruction finds out
+        self._reason = StopReason.INTERCEPT
+        uc.emu_stop()
 
     def peek(self, la: int, size: int) -> bytes:
         """Up to `size` bytes of code at `la` as this CPU would fetch them, without a change of state; at least one.
@@ -337,6 +408,9 @@ class Engine:
         if page is not None:
             return page | la & (PAGE_SIZE - 1)
         mmu = self.mmu
+        cached = mmu.query(la)
+        if cached is not None:
+            return cached.pa(la)
         return walk(self.memory, mmu.regs, la, Access.FETCH, mmu.cpl == 3, set_ad=False).pa
 
     def _on_interrupt(self, uc: Uc, vector: int, _data: object) -> None:

@@ -7,13 +7,13 @@ that a push onto a guard page faults, becomes #DF, and a #DF that cannot be deli
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from emu.descriptors import CodeType, Gate, Segment, SystemType, decode_gate, decode_segment, selector_error_code
-from emu.memory import PAGE_SHIFT
-from emu.mmu.entry import is_canonical
+from emu.memory import PAGE_SHIFT, PAGE_SIZE
+from emu.mmu.entry import PAGE_MASK, is_canonical
 from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.rflags import Rflags
 
@@ -54,9 +54,13 @@ _FAULTS = frozenset((
     Vector.XM, Vector.VE, Vector.CP,
 ))
 _EXT = 1
+# Plain numbers for the path that every exception takes: an operation on a member of an enum costs ten times as much.
+_GP, _READ, _WRITE = int(Vector.GP), int(Access.READ), int(Access.WRITE)
+_GATES = frozenset((int(SystemType.INTERRUPT_GATE), int(SystemType.TRAP_GATE)))
+_CONFORMING = int(CodeType.CONFORMING)
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _TSS_RSP0, _TSS_IST1 = 4, 36
-_IF, _RF = int(Rflags.IF), int(Rflags.RF)
+_IF, _RF, _AC = int(Rflags.IF), int(Rflags.RF), int(Rflags.AC)
 _FLAGS_CLEARED = int(Rflags.TF | Rflags.NT | Rflags.RF | Rflags.VM)
 
 
@@ -94,17 +98,6 @@ class TripleFault(Exception):
         return " while delivering ".join(str(exception) for exception in reversed(self.chain))
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """What a delivery pushed (SDM vol. 3A figure 6-9)."""
-
-    rip: int
-    cs: int
-    rflags: int
-    rsp: int
-    ss: int
-
-
 def double_fault_follows(first: int, second: int) -> bool:
     """True when `second`, raised while `first` is delivered, makes a #DF (SDM vol. 3A table 6-5)."""
     if first in _CONTRIBUTORY:
@@ -122,57 +115,72 @@ def deliver(
     What goes wrong on the way is delivered in turn, with `instruction_rip` to push where the event is a software interrupt, since
     its faults restart the INT instruction. Raises TripleFault.
     """
+    cpu.on_delivery(exception)
+    try:
+        _enter(cpu, exception, source)
+        return
+    except CpuException as error:
+        second = error
+    except PageFault as error:
+        second = CpuException(Vector.PF, error.error, error.la)
+    if instruction_rip is not None:
+        cpu.rip = instruction_rip
     chain = [exception]
+    # Interrupts, external or by INT n, are benign whatever their vector (SDM vol. 3A table 6-4).
+    first = exception.vector if source is Source.EXCEPTION else int(Vector.NMI)
     while True:
+        chain.append(second)
+        if second.vector == Vector.PF:
+            cpu.cr2 = second.cr2 or 0
+        if first == Vector.DF and (second.vector in _CONTRIBUTORY or second.vector == Vector.PF):
+            raise TripleFault(tuple(chain))
+        if double_fault_follows(first, second.vector):
+            chain.append(CpuException(Vector.DF, 0))
+        first = chain[-1].vector
         cpu.on_delivery(chain[-1])
         try:
-            _enter(cpu, chain[-1], source)
+            _enter(cpu, chain[-1], Source.EXCEPTION)
             return
         except CpuException as error:
             second = error
         except PageFault as error:
             second = CpuException(Vector.PF, error.error, error.la)
-        first = chain[-1]
-        chain.append(second)
-        if instruction_rip is not None:
-            cpu.rip = instruction_rip
-        if first.vector == Vector.DF and (second.vector in _CONTRIBUTORY or second.vector == Vector.PF):
-            raise TripleFault(tuple(chain))
-        if double_fault_follows(first.vector, second.vector):
-            if second.vector == Vector.PF:
-                cpu.cr2 = second.cr2 or 0
-            chain.append(CpuException(Vector.DF, 0))
-        source = Source.EXCEPTION
 
 
-def read_system(cpu: Cpu, la: int, size: int, error: CpuException) -> bytes:
-    """An implicit supervisor read of a descriptor table or TSS; `error` is raised when `la` is not canonical."""
+# Descriptors are read from memory at every use; only what their bits mean is kept.
+_segment = lru_cache(1024)(decode_segment)
+_decoded_gate = lru_cache(1024)(decode_gate)
+
+
+def read_system(cpu: Cpu, la: int, size: int, vector: int, error: int) -> bytes:
+    """An implicit supervisor read of a descriptor table or TSS. Raises PageFault, and CpuException(vector, error) off canonical."""
+    mmu = cpu.mmu
     try:
-        return cpu.mmu.read(la, size, user=False, implicit=True)
+        if la & PAGE_MASK <= PAGE_SIZE - size:
+            return cpu.memory.read(mmu.translate(la, _READ, implicit=True), size)
+        return mmu.read(la, size, user=False, implicit=True)
     except NonCanonical:
-        raise error from None
+        raise CpuException(vector, error) from None
 
 
 def segment_descriptor(cpu: Cpu, selector: int, ext: int = 0) -> Segment:
-    """The descriptor of a selector in GDT or LDT. Raises CpuException #GP(selector) outside the table."""
-    error = CpuException(Vector.GP, selector & 0xFFFC | ext)
+    """The descriptor of a selector in GDT or LDT. Raises CpuException #GP(selector) outside the table, PageFault."""
     table = cpu.ldtr if selector & 4 else cpu.gdtr
+    error = selector & 0xFFFC | ext
     if (selector & 0xFFF8) + 7 > table.limit:
-        raise error
-    return decode_segment(int.from_bytes(read_system(cpu, table.base + (selector & 0xFFF8), 8, error), "little"))
+        raise CpuException(Vector.GP, error)
+    return _segment(int.from_bytes(read_system(cpu, table.base + (selector & 0xFFF8) & _MASK64, 8, _GP, error), "little"))
 
 
 def _gate(cpu: Cpu, vector: int, source: Source, ext: int) -> Gate:
-    error = CpuException(Vector.GP, selector_error_code(vector, idt=True, ext=bool(ext)))
+    error = selector_error_code(vector, idt=True, ext=bool(ext))
     if 16 * vector + 15 > cpu.idtr.limit:
-        raise error
-    gate = decode_gate(read_system(cpu, cpu.idtr.base + 16 * vector, 16, error))
-    if gate.type not in (SystemType.INTERRUPT_GATE, SystemType.TRAP_GATE):
-        raise error
-    if source is Source.SOFTWARE and gate.dpl < cpu.mmu.cpl:
-        raise error
+        raise CpuException(Vector.GP, error)
+    gate = _decoded_gate(read_system(cpu, cpu.idtr.base + 16 * vector & _MASK64, 16, _GP, error))
+    if gate.type not in _GATES or (source is Source.SOFTWARE and gate.dpl < cpu.mmu.cpl):
+        raise CpuException(Vector.GP, error)
     if not gate.p:
-        raise CpuException(Vector.NP, selector_error_code(vector, idt=True, ext=bool(ext)))
+        raise CpuException(Vector.NP, error)
     return gate
 
 
@@ -181,19 +189,18 @@ def _target_cpl(cpu: Cpu, gate: Gate, ext: int) -> int:
     if not gate.selector & ~3:
         raise CpuException(Vector.GP, ext)
     segment = segment_descriptor(cpu, gate.selector, ext)
-    error = CpuException(Vector.GP, gate.selector & 0xFFFC | ext)
     if not segment.is_code or segment.dpl > cpu.mmu.cpl or not segment.l or segment.db:
-        raise error
+        raise CpuException(Vector.GP, gate.selector & 0xFFFC | ext)
     if not segment.p:
         raise CpuException(Vector.NP, gate.selector & 0xFFFC | ext)
-    return cpu.mmu.cpl if segment.type & CodeType.CONFORMING else segment.dpl
+    return cpu.mmu.cpl if segment.type & _CONFORMING else segment.dpl
 
 
 def _tss_stack(cpu: Cpu, offset: int, ext: int) -> int:
-    error = CpuException(Vector.TS, cpu.tr & 0xFFFC | ext)
+    error = cpu.tr & 0xFFFC | ext
     if offset + 7 > cpu.tss.limit:
-        raise error
-    rsp = int.from_bytes(read_system(cpu, cpu.tss.base + offset, 8, error), "little")
+        raise CpuException(Vector.TS, error)
+    rsp = int.from_bytes(read_system(cpu, cpu.tss.base + offset & _MASK64, 8, Vector.TS, error), "little")
     if not is_canonical(rsp, cpu.mmu.regs.levels):
         raise CpuException(Vector.SS, ext)
     return rsp
@@ -201,46 +208,47 @@ def _tss_stack(cpu: Cpu, offset: int, ext: int) -> int:
 
 def _enter(cpu: Cpu, exception: CpuException, source: Source) -> None:
     vector = exception.vector
+    cpl = cpu.mmu.cpl
     ext = 0 if source is Source.SOFTWARE else _EXT
-    if vector == Vector.PF:
-        cpu.cr2 = exception.cr2 or 0
+    if exception.cr2 is not None:
+        cpu.cr2 = exception.cr2
     gate = _gate(cpu, vector, source, ext)
     target = _target_cpl(cpu, gate, ext)
-    frame = Frame(cpu.rip, cpu.reg("cs") & ~3 | cpu.mmu.cpl, cpu.reg("rflags"), cpu.reg("rsp"), cpu.reg("ss"))
-    pushed_flags = frame.rflags | _RF if source is Source.EXCEPTION and vector in _FAULTS else frame.rflags
+    old_rsp, old_ss, rflags = cpu.reg("rsp"), cpu.reg("ss"), cpu.reg("rflags")
     if gate.ist:
         rsp = _tss_stack(cpu, _TSS_IST1 + 8 * (gate.ist - 1), ext)
-    elif target < cpu.mmu.cpl:
+    elif target < cpl:
         rsp = _tss_stack(cpu, _TSS_RSP0 + 8 * target, ext)
     else:
-        rsp = frame.rsp
-    words = [frame.rip, frame.cs, pushed_flags, frame.rsp, frame.ss]
-    if exception.error is not None:
-        words.insert(0, exception.error)
-    rsp = (rsp & ~0xF) - 8 * len(words) & _MASK64
-    _push(cpu, rsp, words, ext)
+        rsp = old_rsp
     if not is_canonical(gate.offset, cpu.mmu.regs.levels):
         raise CpuException(Vector.GP, ext)
-    cpu.enter_privilege(target, gate.selector & ~3 | target, new_stack=target < cpu.mmu.cpl)
+    pushed_flags = rflags
+    if source is Source.EXCEPTION:
+        pushed_flags = rflags | _RF if vector in _FAULTS else rflags & ~_RF
+    words: tuple[int, ...] = (cpu.rip, cpu.reg("cs") & ~3 | cpl, pushed_flags, old_rsp, old_ss)
+    if exception.error is not None:
+        words = (exception.error, *words)
+    rsp = (rsp & ~0xF) - 8 * len(words) & _MASK64
+    _push(cpu, rsp, words, target == 3, bool(rflags & _AC), ext)
+    cpu.enter_privilege(target, gate.selector & ~3 | target, new_stack=target < cpl)
     cpu.set_reg("rsp", rsp)
-    cleared = _FLAGS_CLEARED | (_IF if gate.clears_if else 0)
-    cpu.set_reg("rflags", frame.rflags & ~cleared)
+    cpu.set_reg("rflags", rflags & ~(_FLAGS_CLEARED | (_IF if gate.clears_if else 0)))
     cpu.rip = gate.offset
-    if vector == Vector.NMI:
+    if vector == Vector.NMI and source is Source.EXTERNAL:
         cpu.nmi_blocked = True
 
 
-def _push(cpu: Cpu, rsp: int, words: list[int], ext: int) -> None:
+def _push(cpu: Cpu, rsp: int, words: tuple[int, ...], user: bool, ac: bool, ext: int) -> None:
     """Push downwards: a stack that ends in mid-frame faults at the word a CPU faults at."""
     mmu = cpu.mmu
-    ac = cpu.read_ac()
     top = rsp + 8 * (len(words) - 1) & _MASK64
     try:
         if rsp >> PAGE_SHIFT == top >> PAGE_SHIFT:
-            mmu.translate(top, Access.WRITE, ac=ac)
-            mmu.write(rsp, struct.pack(f"<{len(words)}Q", *words), ac=ac)
+            pa = mmu.translate(top, _WRITE, user=user, ac=ac) - (top - rsp)
+            cpu.memory.write(pa, struct.pack(f"<{len(words)}Q", *words))
             return
         for n in range(len(words) - 1, -1, -1):
-            mmu.write(rsp + 8 * n & _MASK64, words[n].to_bytes(8, "little"), ac=ac)
+            mmu.write(rsp + 8 * n & _MASK64, words[n].to_bytes(8, "little"), user=user, ac=ac)
     except NonCanonical:
         raise CpuException(Vector.SS, ext) from None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from emu.cpuid import cpuid
+from emu.decode import Undecodable, decode
 from emu.descriptors import (
     SystemSegment,
     SystemType,
@@ -19,13 +20,14 @@ from emu.descriptors import (
     decode_table_register,
     encode_table_register,
 )
-from emu.exceptions import CpuException, Vector, read_system
-from emu.mmu.fault import GeneralProtection
+from emu.exceptions import CpuException, Vector, deliver, read_system
+from emu.mmu.fault import Access, GeneralProtection
 from emu.mmu.registers import Cr0, Cr4
 from emu.msr import read_msr, write_msr
-from emu.privileged_opcodes import recognise
+from emu.privileged_opcodes import MAX_LENGTH, recognise
 from emu.privileged_step import Step, check_canonical
-from emu.transfers import int_n, iret, retf, syscall, sysret
+from emu.rflags import Rflags
+from emu.transfers import call_far, int_n, iret, jmp_far, retf, syscall, sysret
 
 if TYPE_CHECKING:
     from emu.cpu import Cpu
@@ -34,25 +36,40 @@ _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _GPR = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
 # One RDTSC is this many cycles after the last: time is virtual and the same in every run.
 TSC_STEP = 1000
-_BRANCHES = frozenset(("syscall", "sysret", "iret", "retf", "int"))
+_BRANCHES = frozenset(("syscall", "sysret", "iret", "retf", "int", "jmp_far", "call_far"))
+# No single-step trap follows these: INT n clears TF, and SYSCALL does so by IA32_FMASK in every kernel that uses it.
+_CLEARS_TF = frozenset(("int", "syscall"))
+_TF = int(Rflags.TF)
+_DR6_BS = 1 << 14
+_LOCK = 0xF0
+_SEGMENT_S = 1 << 4
 _MSR_TSC_AUX = 0xC000_0103
 
 
 def execute(cpu: Cpu) -> None:
     """Execute the intercepted instruction at RIP. Raises CpuException and PageFault with RIP unchanged."""
-    code = cpu.engine.peek(cpu.rip, 15)
+    code = cpu.engine.peek(cpu.rip, MAX_LENGTH)
     instruction = recognise(code)
-    assert instruction is not None
-    handler = _HANDLERS.get(instruction.name)
-    if handler is None:
+    handler = None if instruction is None else _HANDLERS.get(instruction.name)
+    try:
+        decoded = decode(code, cpu.rip)
+    except Undecodable:
+        if len(code) < MAX_LENGTH:  # the rest of it lies in a page that cannot be fetched: that page's fault
+            cpu.mmu.translate(cpu.rip + len(code) & _MASK64, Access.FETCH, user=cpu.mmu.cpl == 3)
+        raise CpuException(Vector.UD) from None
+    if instruction is None or handler is None or _LOCK in instruction.prefixes:
         raise CpuException(Vector.UD)
-    step = Step(cpu, instruction, code)
+    step = Step(cpu, instruction, code, decoded)
+    traps = cpu.reg("rflags") & _TF
     try:
         handler(step)
     except GeneralProtection:
         raise CpuException(Vector.GP, 0) from None
     if instruction.name not in _BRANCHES:
         cpu.rip = step.next_rip
+    if traps and instruction.name not in _CLEARS_TF:
+        cpu.set_reg("dr6", cpu.reg("dr6") | _DR6_BS)
+        deliver(cpu, CpuException(Vector.DB))
 
 
 # ---- control and debug registers (MOV CRn, MOV DRn, CLTS, LMSW, SMSW)
@@ -62,7 +79,7 @@ def _mov_to_cr(step: Step) -> None:
     step.need_privilege()
     cpu, instruction = step.cpu, step.instruction
     value = cpu.reg(_GPR[instruction.rm])
-    number = 8 if 0xF0 in instruction.prefixes else instruction.reg
+    number = instruction.reg
     if number == 2:
         cpu.cr2 = value
     elif number == 8:
@@ -78,7 +95,7 @@ def _mov_to_cr(step: Step) -> None:
 def _mov_from_cr(step: Step) -> None:
     step.need_privilege()
     cpu, instruction = step.cpu, step.instruction
-    number = 8 if 0xF0 in instruction.prefixes else instruction.reg
+    number = instruction.reg
     if number not in (0, 2, 3, 4, 8):
         raise CpuException(Vector.UD)
     cpu.set_reg(_GPR[instruction.rm], cpu.cr8 if number == 8 else cpu.reg(f"cr{number}"))
@@ -190,14 +207,15 @@ def _selector(step: Step) -> int:
 
 
 def _system_segment(cpu: Cpu, selector: int, wanted: SystemType) -> SystemSegment:
-    error = CpuException(Vector.GP, selector & 0xFFFC)
+    error = selector & 0xFFFC
     if selector & 4 or not selector & ~3 or (selector & 0xFFF8) + 15 > cpu.gdtr.limit:
-        raise error
-    segment = decode_system_segment(read_system(cpu, cpu.gdtr.base + (selector & 0xFFF8), 16, error))
-    if segment.type != wanted:
-        raise error
+        raise CpuException(Vector.GP, error)
+    descriptor = read_system(cpu, cpu.gdtr.base + (selector & 0xFFF8), 16, Vector.GP, error)
+    segment = decode_system_segment(descriptor)
+    if descriptor[5] & _SEGMENT_S or segment.type != wanted:
+        raise CpuException(Vector.GP, error)
     if not segment.p:
-        raise CpuException(Vector.NP, selector & 0xFFFC)
+        raise CpuException(Vector.NP, error)
     check_canonical(cpu, segment.base)
     return segment
 
@@ -279,6 +297,11 @@ def _rdtscp(step: Step) -> None:
     step.cpu.set_reg("rcx", step.cpu.msrs.get(_MSR_TSC_AUX, 0))
 
 
+def _rdpmc(step: Step) -> None:
+    """There are no performance counters, so whatever RCX names does not exist (vol. 2B, RDPMC)."""
+    raise CpuException(Vector.GP, 0)
+
+
 def _cpuid(step: Step) -> None:
     cpu = step.cpu
     leaf, subleaf = cpu.reg("rax") & 0xFFFF_FFFF, cpu.reg("rcx") & 0xFFFF_FFFF
@@ -345,5 +368,6 @@ _HANDLERS: dict[str, Callable[[Step], None]] = {
     "rdfsbase": lambda step: _rdbase(step, "fs_base"), "rdgsbase": lambda step: _rdbase(step, "gs_base"),
     "wrfsbase": lambda step: _wrbase(step, "fs_base"), "wrgsbase": lambda step: _wrbase(step, "gs_base"),
     "swapgs": _swapgs, "syscall": syscall, "sysret": sysret, "iret": iret, "retf": retf, "int": int_n,
+    "jmp_far": jmp_far, "call_far": call_far, "rdpmc": _rdpmc,
 }
 """What is recognised and has no entry here is not implemented and not announced by CPUID: #UD."""

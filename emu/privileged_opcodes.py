@@ -18,6 +18,7 @@ _TWO_BYTE = {
     0x05: "syscall", 0x06: "clts", 0x07: "sysret", 0x20: "mov_from_cr", 0x22: "mov_to_cr", 0x21: "mov_from_dr", 0x23: "mov_to_dr",
     0x30: "wrmsr", 0x31: "rdtsc", 0x32: "rdmsr", 0x33: "rdpmc", 0x34: "sysenter", 0x35: "sysexit", 0xA2: "cpuid",
 }
+_GROUP_5 = {3: "call_far", 5: "jmp_far"}
 _GROUP_6 = {0: "sldt", 1: "str", 2: "lldt", 3: "ltr"}
 _GROUP_7 = {0: "sgdt", 1: "sidt", 2: "lgdt", 3: "lidt", 4: "smsw", 6: "lmsw", 7: "invlpg"}
 _GROUP_7_REGISTER = {
@@ -28,7 +29,10 @@ _GROUP_9_REGISTER = {6: "rdrand", 7: "rdseed"}
 _GROUP_15_F3_REGISTER = {0: "rdfsbase", 1: "rdgsbase", 2: "wrfsbase", 3: "wrgsbase"}
 
 _OPCODE = re.compile(
-    rb"[\xca\xcb\xcd\xcf]|\x0f(?:[\x00\x01\x05-\x07\x20-\x23\x30-\x35\xa2\xc7\xae]|\x38\x82|\x38\Z|\Z)", re.DOTALL
+    rb"[\xca\xcb\xcd\xcf]"
+    rb"|\xff(?:[\x18-\x1f\x28-\x2f\x58-\x5f\x68-\x6f\x98-\x9f\xa8-\xaf]|\Z)"
+    rb"|\x0f(?:[\x00\x01\x05-\x07\x20-\x23\x30-\x35\xa2\xc7\xae]|\x38\x82|\x38\Z|\Z)",
+    re.DOTALL,
 )
 _PREFIX_BYTES = _LEGACY_PREFIXES | frozenset(range(0x40, 0x50))
 
@@ -99,8 +103,6 @@ def recognise(code: bytes) -> PrivilegedInstruction | None:
         at += 1
     else:
         return None
-    if 0xF0 in prefixes and not (code[at : at + 1] == b"\x0f" and code[at + 1 : at + 2] in (b"\x20", b"\x22")):
-        return None  # LOCK: #UD, which Unicorn raises itself
     name, modrm = _name(code[at:], frozenset(prefixes))
     return None if name is None else PrivilegedInstruction(name, frozenset(prefixes), rex, modrm, at)
 
@@ -108,6 +110,11 @@ def recognise(code: bytes) -> PrivilegedInstruction | None:
 def _name(opcode: bytes, prefixes: frozenset[int]) -> tuple[str | None, int | None]:
     if opcode[0] in _ONE_BYTE:
         return _ONE_BYTE[opcode[0]], None
+    if opcode[0] == 0xFF:
+        if len(opcode) < 2 or opcode[1] >> 6 == 3:
+            return None, None
+        name = _GROUP_5.get(opcode[1] >> 3 & 7)
+        return name, opcode[1] if name is not None else None
     if opcode[0] != 0x0F or len(opcode) < 2:
         return None, None
     second = opcode[1]
@@ -118,7 +125,7 @@ def _name(opcode: bytes, prefixes: frozenset[int]) -> tuple[str | None, int | No
         return None, None
     digit = modrm >> 3 & 7
     register = modrm >> 6 == 3
-    name: str | None = None
+    name = None
     if second == 0x00:
         name = _GROUP_6.get(digit)
     elif second == 0x01:

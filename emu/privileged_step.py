@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emu.decode import decode
+from emu.decode import Instruction, decode
 from emu.exceptions import CpuException, Vector
 from emu.mmu.entry import is_canonical
 from emu.mmu.fault import NonCanonical
@@ -20,11 +20,11 @@ _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 class Step:
     """An instruction under way: the CPU, what was recognised, its length and operand."""
 
-    def __init__(self, cpu: Cpu, instruction: PrivilegedInstruction, code: bytes) -> None:
+    def __init__(self, cpu: Cpu, instruction: PrivilegedInstruction, code: bytes, decoded: Instruction) -> None:
         self.cpu = cpu
         self.instruction = instruction
         self.rip = cpu.rip
-        self._decoded = decode(code, self.rip)
+        self._decoded = decoded
         self.next_rip = self.rip + self._decoded.size & _MASK64
         self.code = code[: self._decoded.size]
 

@@ -23,5 +23,5 @@ class Rflags(IntFlag):
     ID = 1 << 21
 
 
-# What a program may change by POPF or IRET at privilege level 0: all but reserved bits, VM, VIF and VIP.
-IMPLEMENTED = 0x0025_7FD5
+# What IRET may change at privilege level 0: all but reserved bits and VM (SDM vol. 2A, IRET).
+IMPLEMENTED = 0x003D_7FD5

@@ -1,4 +1,4 @@
-"""Instructions that change the privilege level: SYSCALL, SYSRET, IRET, RETF, INT n, each by its page in SDM vol. 2.
+"""Instructions that may change the privilege level: SYSCALL, SYSRET, IRET, far RET, JMP and CALL, INT n, by SDM vol. 2.
 
 Unicorn would execute them unseen; here every change of privilege is known, its checks are the SDM's, and its exceptions leave the
 machine as it was.
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 from emu.descriptors import CodeType, DataType
 from emu.exceptions import CpuException, Source, Vector, deliver, segment_descriptor
+from emu.memory import PAGE_SIZE
+from emu.mmu.entry import PAGE_MASK
+from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.registers import Efer
-from emu.msr import read_msr
+from emu.msr import IA32_FMASK, IA32_LSTAR, IA32_STAR, read_msr
 from emu.operands import MemoryAccess
 from emu.privileged_step import Step, check_canonical
 from emu.rflags import IMPLEMENTED, Rflags
@@ -21,6 +24,16 @@ if TYPE_CHECKING:
     from emu.cpu import Cpu
 
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+_READ = int(Access.READ)
+# Measured on real CPUs (emu/operands.py): IRET reads RFLAGS, CS, RIP first, and RETF CS before RIP.
+_IRET_ORDER, _RETF_ORDER = (2, 1, 0, 3, 4), (1, 0)
+_WORD = {2: "H", 4: "I", 8: "Q"}
+_NT, _IF, _IOPL, _FIXED = int(Rflags.NT), int(Rflags.IF), int(Rflags.IOPL), int(Rflags.FIXED)
+# RF holds for one instruction, and only against instruction breakpoints, which never match here.
+_IRET_FLAGS = IMPLEMENTED & ~int(Rflags.RF)
+_ONLY_LEVEL_0 = int(Rflags.IOPL | Rflags.VIF | Rflags.VIP)
+# SDM vol. 2B, SYSRET: RFLAGS := (R11 & 3C7FD7H) | 2.
+_SYSRET_FLAGS = 0x3C_7FD7
 
 
 def syscall(step: Step) -> None:
@@ -28,15 +41,15 @@ def syscall(step: Step) -> None:
     cpu = step.cpu
     if not cpu.mmu.efer & Efer.SCE:
         raise CpuException(Vector.UD)
-    star, mask = read_msr(cpu, 0xC000_0081), read_msr(cpu, 0xC000_0084)
+    star, mask = read_msr(cpu, IA32_STAR), read_msr(cpu, IA32_FMASK)
     rflags = cpu.reg("rflags")
     cpu.set_reg("rcx", step.next_rip)
-    cpu.set_reg("r11", rflags & ~Rflags.RF)
-    cpu.set_reg("rflags", rflags & ~mask & ~Rflags.RF | Rflags.FIXED)
+    cpu.set_reg("r11", rflags & ~int(Rflags.RF))
+    cpu.set_reg("rflags", rflags & ~mask & ~int(Rflags.RF) | _FIXED)
     selector = star >> 32 & 0xFFFC
     cpu.enter_privilege(0, selector, new_stack=False)
     cpu.set_reg("ss", selector + 8)
-    cpu.rip = read_msr(cpu, 0xC000_0082)
+    cpu.rip = read_msr(cpu, IA32_LSTAR)
 
 
 def sysret(step: Step) -> None:
@@ -49,8 +62,8 @@ def sysret(step: Step) -> None:
     if not step.instruction.wide:
         raise CpuException(Vector.UD)
     check_canonical(cpu, target)
-    star = read_msr(cpu, 0xC000_0081)
-    cpu.set_reg("rflags", cpu.reg("r11") & 0x3C_7FD7 | Rflags.FIXED)
+    star = read_msr(cpu, IA32_STAR)
+    cpu.set_reg("rflags", cpu.reg("r11") & _SYSRET_FLAGS | _FIXED)
     selector = star >> 48 & 0xFFFF
     cpu.enter_privilege(3, selector + 16 & 0xFFFF | 3, new_stack=False)
     cpu.set_reg("ss", selector + 8 & 0xFFFF | 3)
@@ -62,12 +75,10 @@ def _return_segment(cpu: Cpu, selector: int) -> int:
     if not selector & ~3:
         raise CpuException(Vector.GP, 0)
     segment = segment_descriptor(cpu, selector)
-    error = CpuException(Vector.GP, selector & 0xFFFC)
     rpl = selector & 3
-    if not segment.is_code or rpl < cpu.mmu.cpl or not segment.l or segment.db:
-        raise error
-    if (segment.dpl > rpl) if segment.type & CodeType.CONFORMING else (segment.dpl != rpl):
-        raise error
+    wrong_dpl = segment.dpl > rpl if segment.type & CodeType.CONFORMING else segment.dpl != rpl
+    if not segment.is_code or rpl < cpu.mmu.cpl or wrong_dpl or not segment.l or segment.db:
+        raise CpuException(Vector.GP, selector & 0xFFFC)
     if not segment.p:
         raise CpuException(Vector.NP, selector & 0xFFFC)
     return rpl
@@ -86,61 +97,139 @@ def _check_return_stack(cpu: Cpu, selector: int, cpl: int) -> None:
         raise CpuException(Vector.SS, selector & 0xFFFC)
 
 
-def _pop(step: Step, count: int) -> tuple[int, ...]:
-    rsp = step.cpu.reg("rsp")
-    return struct.unpack(f"<{count}Q", step.read(MemoryAccess(rsp, 8 * count, True, False, stack=True)))
+def _width(step: Step) -> int:
+    """Operand size in bytes: far transfers have 4 by default even in 64-bit mode."""
+    return 8 if step.instruction.wide else 2 if 0x66 in step.instruction.prefixes else 4
+
+
+def _pop(step: Step, order: tuple[int, ...], offset: int = 0) -> tuple[int, ...]:
+    """As many words as `order` has from the stack, read in that order: it decides which word a fault reports."""
+    cpu, width = step.cpu, _width(step)
+    la = cpu.reg("rsp") + offset & _MASK64
+    size = width * len(order)
+    first = la + width * order[0] & _MASK64
+    if la & PAGE_MASK <= PAGE_SIZE - size:
+        try:
+            pa = cpu.mmu.translate(first, _READ, user=cpu.mmu.cpl == 3, ac=cpu.read_ac())
+        except NonCanonical:
+            raise CpuException(Vector.SS, 0) from None
+        data = cpu.memory.read(pa - (first - la), size)
+    else:
+        pieces = {n: step.read(MemoryAccess(la + width * n & _MASK64, width, True, False, stack=True)) for n in order}
+        data = b"".join(pieces[n] for n in range(len(order)))
+    return struct.unpack(f"<{len(order)}{_WORD[width]}", data)
 
 
 def iret(step: Step) -> None:
-    """IRETQ (vol. 2A)."""
+    """IRET in 64-bit mode: it always pops RSP and SS too (vol. 2A). A fault on the way unblocks NMIs too (vol. 3A 6.7.1)."""
     cpu = step.cpu
-    if not step.instruction.wide:
-        raise CpuException(Vector.UD)  # IRET and IRETD return to 16- and 32-bit code, which this machine does not run
-    if cpu.reg("rflags") & Rflags.NT:
+    cpu.nmi_blocked = False
+    old = cpu.reg("rflags")
+    if old & _NT:
         raise CpuException(Vector.GP, 0)
-    rip, cs, rflags, rsp, ss = _pop(step, 5)
+    rip, cs, rflags, rsp, ss = _pop(step, _IRET_ORDER)
     cs, ss = cs & 0xFFFF, ss & 0xFFFF
     cpl = _return_segment(cpu, cs)
     _check_return_stack(cpu, ss, cpl)
     check_canonical(cpu, rip)
-    changeable = IMPLEMENTED
-    old = cpu.reg("rflags")
+    changeable = _IRET_FLAGS & ((1 << 8 * _width(step)) - 1)
     if cpu.mmu.cpl:
-        changeable &= ~Rflags.IOPL
-        if cpu.mmu.cpl > (old & Rflags.IOPL) >> 12:
-            changeable &= ~Rflags.IF
+        changeable &= ~_ONLY_LEVEL_0
+        if cpu.mmu.cpl > (old & _IOPL) >> 12:
+            changeable &= ~_IF
     _enter_return(cpu, cpl, cs, ss, rsp)
-    cpu.set_reg("rflags", old & ~changeable | rflags & changeable | Rflags.FIXED)
-    cpu.nmi_blocked = False
+    cpu.set_reg("rflags", old & ~changeable | rflags & changeable | _FIXED)
     cpu.rip = rip
 
 
 def _enter_return(cpu: Cpu, cpl: int, cs: int, ss: int, rsp: int) -> None:
+    if cpl > cpu.mmu.cpl:
+        for name in ("ds", "es", "fs", "gs"):
+            selector = cpu.reg(name)
+            if selector & ~3 and not _may_keep(cpu, selector, cpl):
+                cpu.set_reg(name, 0)
     cpu.enter_privilege(cpl, cs, new_stack=False)
     cpu.set_reg("ss", ss)
     cpu.set_reg("rsp", rsp)
 
 
+def _may_keep(cpu: Cpu, selector: int, cpl: int) -> bool:
+    """Whether a data segment register survives a return to an outer level: not one that the new level could not load.
+
+    A CPU looks at what it cached of the descriptor; this one reads it again, and a descriptor that is gone is not kept.
+    """
+    try:
+        segment = segment_descriptor(cpu, selector)
+    except (CpuException, PageFault):
+        return False
+    return segment.dpl >= cpl or (segment.is_code and bool(segment.type & CodeType.CONFORMING))
+
+
 def retf(step: Step) -> None:
-    """Far return with REX.W (vol. 2B)."""
+    """Far return (vol. 2B)."""
     cpu = step.cpu
-    if not step.instruction.wide:
-        raise CpuException(Vector.UD)
     opcode_at = step.instruction.opcode_at
     drop = int.from_bytes(step.code[opcode_at + 1 : opcode_at + 3], "little") if step.code[opcode_at] == 0xCA else 0
-    rip, cs = _pop(step, 2)
+    rip, cs = _pop(step, _RETF_ORDER)
     cs &= 0xFFFF
     cpl = _return_segment(cpu, cs)
-    rsp = cpu.reg("rsp") + 16 + drop
-    ss = cpu.reg("ss")
+    popped = 2 * _width(step) + drop
+    rsp, ss = cpu.reg("rsp") + popped, cpu.reg("ss")
     if cpl != cpu.mmu.cpl:
-        rsp, ss = struct.unpack("<QQ", step.read(MemoryAccess(rsp & _MASK64, 16, True, False, stack=True)))
+        rsp, ss = _pop(step, (0, 1), popped)
         ss &= 0xFFFF
         _check_return_stack(cpu, ss, cpl)
         rsp += drop
     check_canonical(cpu, rip)
     _enter_return(cpu, cpl, cs, ss, rsp & _MASK64)
     cpu.rip = rip
+
+
+def _far_target(step: Step) -> tuple[int, int]:
+    """Offset and code selector of a far JMP or CALL, checked (vol. 2A, JMP and CALL).
+
+    Call gates are not implemented: no 64-bit kernel has one. They are refused as a segment that is none, like code segments that
+    are not 64-bit code.
+    """
+    cpu = step.cpu
+    width = _width(step)
+    pointer = step.read(step.operand(width + 2, write=False))
+    offset, selector = int.from_bytes(pointer[:width], "little"), int.from_bytes(pointer[width:], "little")
+    if not selector & ~3:
+        raise CpuException(Vector.GP, 0)
+    segment = segment_descriptor(cpu, selector)
+    cpl = cpu.mmu.cpl
+    if segment.type & CodeType.CONFORMING:
+        reachable = segment.dpl <= cpl
+    else:
+        reachable = segment.dpl == cpl and selector & 3 <= cpl
+    if not segment.is_code or not reachable or not segment.l or segment.db:
+        raise CpuException(Vector.GP, selector & 0xFFFC)
+    if not segment.p:
+        raise CpuException(Vector.NP, selector & 0xFFFC)
+    check_canonical(cpu, offset)
+    return offset, selector & ~3 | cpl
+
+
+def jmp_far(step: Step) -> None:
+    """JMP m16:64 to a code segment (vol. 2A)."""
+    offset, selector = _far_target(step)
+    step.cpu.set_reg("cs", selector)
+    step.cpu.rip = offset
+
+
+def call_far(step: Step) -> None:
+    """CALL m16:64 to a code segment (vol. 2A)."""
+    cpu = step.cpu
+    offset, selector = _far_target(step)
+    width = _width(step)
+    rsp = cpu.reg("rsp") - 2 * width & _MASK64
+    mask = (1 << 8 * width) - 1
+    frame = struct.pack(f"<2{_WORD[width]}", step.next_rip & mask, cpu.reg("cs"))
+    step.write(MemoryAccess(rsp, 2 * width, False, True, stack=True), frame)
+    cpu.set_reg("rsp", rsp)
+    cpu.set_reg("cs", selector)
+    cpu.rip = offset
 
 
 def int_n(step: Step) -> None:
