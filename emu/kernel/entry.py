@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from emu.kernel import fault, traps
 from emu.kernel.gfp import gfp_text
+from emu.kernel.interrupts import ENOSYS, EarlyException, Interrupts, Syscall
 from emu.kernel.kernel_cpu import KernelCpu
 from emu.kernel.layout import PAGE_SHIFT
 from emu.kernel.oops import Controls, DieContext, OopsReport, OopsSource, dump_stack, panic
@@ -50,6 +51,7 @@ class ExceptionEntry:
     def __init__(self, kernel: Kernel, gp_access: Callable[[PtRegs], tuple[int, int] | None]) -> None:
         self.kernel = kernel
         self.gp_access = gp_access
+        self.interrupts = Interrupts(kernel.profile.name)
         self._entry_regs: dict[int, PtRegs] = {}
 
     def handle(self, cpu: KernelCpu, vector: int) -> Ending | None:
@@ -74,12 +76,28 @@ class ExceptionEntry:
         source = self._source(cpu)
         if vector == traps.Trap.PF:
             return self._page_fault(cpu, source, regs, error, address, frame_la)
+        if vector not in traps.HANDLED:
+            return self._interrupt(cpu, source, vector, regs, error, frame_la)
         facts = traps.TrapFacts(
             version=self.kernel.profile.name, task=self.kernel.oops_task(cpu), stacks=self._stacks(cpu),
             bug=self.kernel.bug_entry, warned=self.kernel.warned, code=lambda la, size: self._peek(cpu, la, size),
             gp_access=self.gp_access, levels=self.kernel.layout.levels,
         )
         action = traps.handle_trap(facts, vector, regs, error, address)
+        return self._act(cpu, source, action, regs, frame_la)
+
+    def _interrupt(
+        self, cpu: KernelCpu, source: OopsSource, vector: int, regs: PtRegs, error: int, frame_la: int
+    ) -> Ending | None:
+        action = self.interrupts.handle(vector, regs, error, cpu.reg("cr2"), cpu.id)
+        match action:
+            case Syscall():
+                cpu.set_reg("rax", -ENOSYS & (1 << 64) - 1)
+                self._resume(cpu, regs, regs.ip, frame_la)
+                return None
+            case EarlyException(lines=lines):
+                self.kernel.print_lines(lines)
+                return Ending(End.PANIC, lines[0])
         return self._act(cpu, source, action, regs, frame_la)
 
     def _act(

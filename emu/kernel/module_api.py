@@ -14,8 +14,8 @@ import numpy as np
 from emu.kernel import set_memory
 from emu.kernel.entry import End, Ending
 from emu.kernel.gfp import Gfp
-from emu.kernel.kernel import Kernel, TaskEnded
 from emu.kernel.init_64 import InitMm
+from emu.kernel.kernel import Kernel, TaskEnded
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE
 from emu.kernel.page_alloc import NUMA_NO_NODE, Pfns
 from emu.kernel.pgtable_types import FlushRange

@@ -439,6 +439,12 @@ def _math_error(facts: TrapFacts, regs: PtRegs, description: str) -> Action:
     return Resume(fixed) if fixed is not None else Die(description, 0, _process(facts, regs))
 
 
+HANDLED = frozenset(_ERROR_TRAPS) | {
+    Trap.PF, Trap.GP, Trap.DF, Trap.NMI, Trap.BP, Trap.DB, Trap.NM, Trap.MF, Trap.XF, Trap.SPURIOUS, Trap.MC,
+}
+"""The vectors that handle_trap decides about."""
+
+
 def handle_trap(facts: TrapFacts, vector: int, regs: PtRegs, error: int = 0, cr2: int = 0) -> Action:
     """What Linux does about exception `vector`. Raises ValueError for a vector that is no exception it handles."""
     if vector == Trap.PF:
