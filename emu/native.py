@@ -36,9 +36,11 @@ from unicorn import (
     UC_ARCH_X86,
     UC_CTL_IO_WRITE,
     UC_CTL_TLB_FLUSH,
+    UC_ERR_FETCH_UNMAPPED,
+    UC_ERR_READ_UNMAPPED,
+    UC_ERR_WRITE_UNMAPPED,
     UC_HOOK_CODE,
     UC_HOOK_EDGE_GENERATED,
-    UC_HOOK_MEM_UNMAPPED,
     UC_MODE_64,
     UC_TLB_CPU,
     Uc,
@@ -58,15 +60,15 @@ from emu.mmu.fault import Access, NonCanonical, PageFault, PfError
 from emu.mmu.mmu import Mmu
 from emu.mmu.registers import Cr4
 from emu.mmu.walk import walk
-from emu.operands import accesses, checks, decode
-from emu.privileged_opcodes import candidates, is_intercepted
+from emu.operands import MemoryAccess, accesses, checks, decode
+from emu.privileged_opcodes import MAX_LENGTH, candidates, is_intercepted
 from emu.rflags import Rflags
 
 KEPT_DISAGREEMENTS = 1024
 _PAGE_MASK = ~(PAGE_SIZE - 1)
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-_MAX_INSTRUCTION = 15
 _IA32_EFER = 0xC000_0080
+_UNMAPPED = frozenset((UC_ERR_READ_UNMAPPED, UC_ERR_WRITE_UNMAPPED, UC_ERR_FETCH_UNMAPPED))
 # wrpkru; hlt
 _WRPKRU_HLT = b"\x0f\x01\xef\xf4"
 # jmp to the next instruction, which is another block; hlt
@@ -106,7 +108,6 @@ class NativeEngine(Engine):
 
     def _hook_translation(self) -> None:
         self.uc.hook_add(UC_HOOK_EDGE_GENERATED, self._on_block)
-        self.uc.hook_add(UC_HOOK_MEM_UNMAPPED, self._on_unmapped)
 
     def _prime(self) -> None:
         """Unicorn reports no block before the first that ran to its end: let one do so, unpaged, and see the next reported."""
@@ -161,9 +162,32 @@ class NativeEngine(Engine):
         return reason
 
     def _classify(self, status: int) -> StopReason:
-        if self._reason is None and self.fault is not None:
+        if status in _UNMAPPED and self._bus_error(status == UC_ERR_FETCH_UNMAPPED):
             return StopReason.FAULT
         return super()._classify(status)
+
+    def _bus_error(self, fetch: bool) -> bool:
+        """Find the frame outside RAM that Unicorn met. A hook would be told its address, but every store would be slow for it."""
+        mmu, rip = self.mmu, self.reg("rip")
+        user, ac = mmu.cpl == 3, bool(self.reg("rflags") & Rflags.AC)
+        if fetch:
+            parts = [(rip, Access.FETCH), ((rip & _PAGE_MASK) + PAGE_SIZE & _MASK64, Access.FETCH)]
+        else:
+            parts = [(part.la, Access.WRITE if part.write else Access.READ) for part in checks(self._accesses(rip))]
+        for la, access in parts:
+            try:
+                mmu.translate(la, access, user=user, ac=ac)
+            except BusError as error:
+                self.fault, self.fault_access, self.fault_page = error, access, la & _PAGE_MASK
+                return True
+        return False
+
+    def _accesses(self, rip: int) -> tuple[MemoryAccess, ...]:
+        """The accesses of the instruction at `rip`; none when it cannot be fetched whole."""
+        try:
+            return accesses(decode(self.peek(rip, MAX_LENGTH), rip), rip, self.reg)
+        except (Undecodable, PageFault, NonCanonical, BusError):
+            return ()
 
     def _page_fault(self) -> StopReason:
         """Take over the #PF that Unicorn raised."""
@@ -193,12 +217,8 @@ class NativeEngine(Engine):
         return Access.READ
 
     def _reads(self, rip: int, la: int) -> bool:
-        """Whether the instruction at `rip`, all of which is there, reads the byte at `la`."""
-        try:
-            found = accesses(decode(self.peek(rip, _MAX_INSTRUCTION), rip), rip, self.reg)
-        except (Undecodable, PageFault, NonCanonical, BusError):
-            return False
-        return any(part.read and part.la <= la < part.la + part.size for part in checks(found))
+        """Whether the instruction at `rip`, if all of it is there, reads the byte at `la`."""
+        return any(part.read and part.la <= la < part.la + part.size for part in checks(self._accesses(rip)))
 
     def _confirmed(self, cr2: int, error: int, access: Access) -> PageFault | BusError:
         """Unicorn's #PF with the entry that refused, by a walk of ours; BusError where a table lies outside RAM."""
@@ -226,11 +246,7 @@ class NativeEngine(Engine):
             return self._not_canonical(rip, Access.FETCH)
         if self.error_code:
             return StopReason.INTERRUPT
-        try:
-            found = accesses(decode(self.peek(rip, _MAX_INSTRUCTION), rip), rip, self.reg)
-        except (Undecodable, PageFault, NonCanonical, BusError):
-            return StopReason.INTERRUPT
-        for part in checks(found):
+        for part in checks(self._accesses(rip)):
             if not is_canonical(part.la, levels):
                 return self._not_canonical(part.la, Access.WRITE if part.write else Access.READ)
         return StopReason.INTERRUPT
@@ -241,10 +257,6 @@ class NativeEngine(Engine):
         self.fault_access = access
         self.fault_page = la & _PAGE_MASK
         return StopReason.FAULT
-
-    def _on_unmapped(self, _uc: Uc, _access: int, pa: int, _size: int, _value: int, _data: object) -> bool:
-        self.fault = BusError(pa & _PAGE_MASK, PAGE_SIZE)
-        return False
 
     def _on_block(self, uc: Uc, block: uc_tb, _previous: uc_tb, _data: object) -> None:
         """A block was translated and is about to run."""
@@ -261,7 +273,7 @@ class NativeEngine(Engine):
             return
         unhooked = [
             la for la in (start + offset for offset in candidates(code))
-            if la not in self._hooked and is_intercepted(self.peek(la, _MAX_INSTRUCTION))
+            if la not in self._hooked and is_intercepted(self.peek(la, MAX_LENGTH))
         ]
         for la in unhooked:
             self._hooked.add(la)
