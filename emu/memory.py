@@ -23,6 +23,8 @@ MAX_NODES = 8
 MAP_NORESERVE = 0x4000
 # A node starts on a boundary that holds the largest buddy block and a 2 MiB leaf, so neither crosses nodes.
 NODE_ALIGN = 4 << 20
+# From here on giving the host's pages back costs less than writing zeros to them: 0.3 us against 3 us and more.
+DISCARD_SIZE = 128 << 10
 
 MmioRead = Callable[[int, int], int]
 MmioWrite = Callable[[int, int, int], None]
@@ -147,8 +149,16 @@ class Memory:
         self._bytes[pa : pa + len(data)] = data
 
     def fill(self, pa: int, size: int, byte: int = 0) -> None:
-        """Set `size` bytes at `pa`. Whole untouched frames stay unallocated when zeroed. Raises BusError."""
+        """Set `size` bytes at `pa`. Frames of a large zeroed range cost nothing until touched again. Raises BusError."""
         self._check_write(pa, size)
+        if not byte and size >= DISCARD_SIZE:
+            start = pa + PAGE_SIZE - 1 & -PAGE_SIZE
+            end = pa + size & -PAGE_SIZE
+            # The kernel drops the pages and keeps the mapping: whoever reads them next, an engine too, finds zeros.
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+            ctypes.memset(self.host_address + pa, 0, start - pa)
+            ctypes.memset(self.host_address + end, 0, pa + size - end)
+            return
         ctypes.memset(self.host_address + pa, byte, size)
 
     def table(self, pa: int) -> npt.NDArray[np.uint64]:
