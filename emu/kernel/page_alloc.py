@@ -250,10 +250,13 @@ class PageAllocator:
             chunks.append(np.arange(start, end, dtype=np.int64))
             left -= end - start
         zone.nr_free += left
+        singles: list[int] = []
         for _ in range(left):
             pfn = self._rmqueue(zone, 0)
             assert pfn is not None, "the zone counted this frame as free"
-            chunks.append(np.array([pfn], dtype=np.int64))
+            singles.append(pfn)
+        if singles:
+            chunks.append(np.array(singles, dtype=np.int64))
         return wanted - got
 
     @staticmethod
