@@ -96,7 +96,9 @@ class Cpu:
         self._interrupts: deque[int] = deque()
         self._interrupt_shadow = False
         self._rip: int | None = None
+        # Told of each exception and interrupt before it is delivered, and again once its handler has been entered.
         self.on_delivery: Callable[[CpuException], None] = lambda exception: None
+        self.on_entry: Callable[[CpuException], None] = lambda exception: None
         self.sync_engine_registers()
 
     # ---- registers

@@ -118,6 +118,7 @@ def deliver(
     cpu.on_delivery(exception)
     try:
         _enter(cpu, exception, source)
+        cpu.on_entry(exception)
         return
     except CpuException as error:
         second = error
@@ -140,6 +141,7 @@ def deliver(
         cpu.on_delivery(chain[-1])
         try:
             _enter(cpu, chain[-1], Source.EXCEPTION)
+            cpu.on_entry(chain[-1])
             return
         except CpuException as error:
             second = error

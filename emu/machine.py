@@ -163,6 +163,8 @@ class Machine:
             is_stub=self.kernel.is_stub, limit=limit, engine=NativeEngine if config.native else Engine,
         )
         self.cpu.on_delivery = self._on_delivery
+        self.cpu.on_entry = self._on_entry
+        self._arriving: Fault | None = None
         self.faults: list[Fault] = []
         self._start_cpu()
 
@@ -209,12 +211,17 @@ class Machine:
     # ---- what the CPU tells
 
     def _on_delivery(self, exception: CpuException) -> None:
-        self.statistics.exceptions[exception.vector] += 1
         cpu = self.cpu
         if exception.vector != Vector.NMI and exception.vector < 32 and len(self.faults) < KEPT_FAULTS:
             registers = {name: cpu.reg(name) for name in _GENERAL}
-            self.faults.append(Fault(exception.vector, exception.error, exception.cr2, cpu.rip, registers))
+            self._arriving = Fault(exception.vector, exception.error, exception.cr2, cpu.rip, registers)
         self.sink(Delivery(cpu.id, exception.vector, exception.error, cpu.rip, exception.cr2))
+
+    def _on_entry(self, exception: CpuException) -> None:
+        self.statistics.exceptions[exception.vector] += 1
+        if self._arriving is not None:
+            self.faults.append(self._arriving)
+            self._arriving = None
 
     def _gp_access(self, regs: PtRegs) -> tuple[int, int] | None:
         """Address and size of the memory operand of the instruction that raised #GP, for the text of its oops."""
