@@ -39,7 +39,7 @@ def cpuid(features: Features, leaf: int, subleaf: int, cr4: int) -> tuple[int, i
     if leaf > _MAX_BASIC_LEAF and not 0x8000_0000 <= leaf <= _MAX_EXTENDED_LEAF:
         leaf = _MAX_BASIC_LEAF
     if leaf == 0:
-        return _MAX_BASIC_LEAF, _VENDOR[0], _VENDOR[2], _VENDOR[1]
+        return _MAX_BASIC_LEAF, _VENDOR[0], _VENDOR[1], _VENDOR[2]
     if leaf == 1:
         return _SIGNATURE, 0x0001_0800, _LEAF_1_ECX | features.pcid << _LEAF_1_ECX_PCID, _LEAF_1_EDX
     if leaf == 7 and subleaf == 0:

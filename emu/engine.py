@@ -49,13 +49,15 @@ from emu.mmu.mmu import Mmu
 from emu.mmu.registers import Cr0, Cr4
 from emu.mmu.walk import walk
 from emu.operands import fetch_boundary
-from emu.privileged_opcodes import MAX_LENGTH, candidates, is_intercepted
+from emu.privileged_opcodes import MAX_LENGTH, PORTS, candidates, is_intercepted, recognise
+from emu.rflags import Rflags
 
 # How long `stop` waits before it asks again: a request that falls between two runs of the engine is lost.
 _ASK_AGAIN = 0.001
 _WRITE_GRANT = 2
 _EXEC_GRANT = 4
 _PAGE_MASK = ~(PAGE_SIZE - 1)
+_IOPL = int(Rflags.IOPL)
 # Bits of CR4 that Unicorn itself must know: SSE, FS/GS base instructions, and SMAP for its split of soft TLBs by RFLAGS.AC.
 _ENGINE_CR4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | Cr4.SMAP | Cr4.TSD | Cr4.DE | Cr4.PAE
 
@@ -295,6 +297,7 @@ class Engine:
 
     def drop_soft_tlb(self) -> None:
         """Make every later access ask the MMU again."""
+        self._fetched.clear()
         if self._running:
             self._flush_soft_tlb()
         else:
@@ -382,12 +385,17 @@ class Engine:
 
     def _on_candidate(self, uc: Uc, la: int, size: int, _data: object) -> None:
         try:
-            if not is_intercepted(self.peek(la, MAX_LENGTH)):
+            instruction = recognise(self.peek(la, MAX_LENGTH))
+            if instruction is None or (instruction.name in PORTS and self._may_use_ports()):
                 return
         except (PageFault, NonCanonical, BusError):
             pass  # it can no longer be fetched, which whoever executes the instruction finds out
         self._reason = StopReason.INTERCEPT
         uc.emu_stop()
+
+    def _may_use_ports(self) -> bool:
+        """CPL is not above IOPL (SDM vol. 1 19.5.1); else the I/O permission bitmap decides."""
+        return not self.mmu.cpl or self.mmu.cpl <= (self.reg("rflags") & _IOPL) >> 12
 
     def peek(self, la: int, size: int) -> bytes:
         """Up to `size` bytes of code at `la` as this CPU would fetch them, without a change of state; at least one.

@@ -40,8 +40,12 @@ _BRANCHES = frozenset(("syscall", "sysret", "iret", "retf", "int", "jmp_far", "c
 # No single-step trap follows these: INT n clears TF, and SYSCALL does so by IA32_FMASK in every kernel that uses it.
 _CLEARS_TF = frozenset(("int", "syscall"))
 _TF = int(Rflags.TF)
+_TSS_IOMAP_BASE = 102
+# IN and OUT with the port in an immediate are E4 to E7, with the port in DX EC to EF.
+_PORT_IN_DX = 0xEC
 _DR6_BS = 1 << 14
 _LOCK = 0xF0
+_CONTROL_REGISTERS = (0, 2, 3, 4, 8)
 _SEGMENT_S = 1 << 4
 _MSR_TSC_AUX = 0xC000_0103
 
@@ -76,6 +80,8 @@ def execute(cpu: Cpu) -> None:
 
 
 def _mov_to_cr(step: Step) -> None:
+    if step.instruction.reg not in _CONTROL_REGISTERS:
+        raise CpuException(Vector.UD)
     step.need_privilege()
     cpu, instruction = step.cpu, step.instruction
     value = cpu.reg(_GPR[instruction.rm])
@@ -86,18 +92,16 @@ def _mov_to_cr(step: Step) -> None:
         if value >> 4:
             raise CpuException(Vector.GP, 0)
         cpu.cr8 = value
-    elif number in (0, 3, 4):
-        cpu.set_reg(f"cr{number}", value)
     else:
-        raise CpuException(Vector.UD)
+        cpu.set_reg(f"cr{number}", value)
 
 
 def _mov_from_cr(step: Step) -> None:
-    step.need_privilege()
     cpu, instruction = step.cpu, step.instruction
     number = instruction.reg
-    if number not in (0, 2, 3, 4, 8):
+    if number not in _CONTROL_REGISTERS:
         raise CpuException(Vector.UD)
+    step.need_privilege()
     cpu.set_reg(_GPR[instruction.rm], cpu.cr8 if number == 8 else cpu.reg(f"cr{number}"))
 
 
@@ -302,6 +306,30 @@ def _rdpmc(step: Step) -> None:
     raise CpuException(Vector.GP, 0)
 
 
+def _check_ports(step: Step) -> None:
+    """The I/O permission bitmap, read only where CPL is above IOPL (SDM vol. 1 19.5.2): a bit for each port of the access.
+
+    Two bytes are read, so the byte behind the bitmap must lie within the TSS too. INS and OUTS are refused whatever it says.
+    """
+    cpu, opcode = step.cpu, step.code[step.instruction.opcode_at]
+    size = 1 if not opcode & 1 else 2 if 0x66 in step.instruction.prefixes else 4
+    port = step.code[-1] if opcode < _PORT_IN_DX else cpu.reg("rdx") & 0xFFFF
+    refused = CpuException(Vector.GP, 0)
+    if step.instruction.name in ("ins", "outs") or cpu.tss.limit < _TSS_IOMAP_BASE + 1:
+        raise refused
+    base = cpu.tss.base
+    iomap = int.from_bytes(read_system(cpu, base + _TSS_IOMAP_BASE, 2, Vector.GP, 0), "little")
+    at = iomap + (port >> 3)
+    if at + 1 > cpu.tss.limit:
+        raise refused
+    bits = int.from_bytes(read_system(cpu, base + at, 2, Vector.GP, 0), "little") >> (port & 7)
+    if bits & (1 << size) - 1:
+        raise refused
+    if step.instruction.name == "in":
+        ones = (1 << 8 * size) - 1
+        cpu.set_reg("rax", ones if size == 4 else cpu.reg("rax") | ones)
+
+
 def _cpuid(step: Step) -> None:
     cpu = step.cpu
     leaf, subleaf = cpu.reg("rax") & 0xFFFF_FFFF, cpu.reg("rcx") & 0xFFFF_FFFF
@@ -364,6 +392,7 @@ _HANDLERS: dict[str, Callable[[Step], None]] = {
     "sgdt": lambda step: _store_table(step, "gdtr"), "sidt": lambda step: _store_table(step, "idtr"),
     "lgdt": lambda step: _load_table(step, "gdtr"), "lidt": lambda step: _load_table(step, "idtr"),
     "invlpg": _invlpg, "invpcid": _invpcid, "rdmsr": _rdmsr, "wrmsr": _wrmsr, "rdtsc": _rdtsc, "rdtscp": _rdtscp, "cpuid": _cpuid,
+    "in": _check_ports, "out": _check_ports, "ins": _check_ports, "outs": _check_ports,
     "rdpkru": _rdpkru, "wrpkru": _wrpkru,
     "rdfsbase": lambda step: _rdbase(step, "fs_base"), "rdgsbase": lambda step: _rdbase(step, "gs_base"),
     "wrfsbase": lambda step: _wrbase(step, "fs_base"), "wrgsbase": lambda step: _wrbase(step, "gs_base"),

@@ -18,6 +18,12 @@ _TWO_BYTE = {
     0x05: "syscall", 0x06: "clts", 0x07: "sysret", 0x20: "mov_from_cr", 0x22: "mov_to_cr", 0x21: "mov_from_dr", 0x23: "mov_to_dr",
     0x30: "wrmsr", 0x31: "rdtsc", 0x32: "rdmsr", 0x33: "rdpmc", 0x34: "sysenter", 0x35: "sysexit", 0xA2: "cpuid",
 }
+# Executed by Unicorn, which does not check the privilege: ours only where it has to be checked.
+PORTS = frozenset(("in", "out", "ins", "outs"))
+_ONE_BYTE |= {
+    0xE4: "in", 0xE5: "in", 0xEC: "in", 0xED: "in", 0xE6: "out", 0xE7: "out", 0xEE: "out", 0xEF: "out",
+    0x6C: "ins", 0x6D: "ins", 0x6E: "outs", 0x6F: "outs",
+}
 _GROUP_5 = {3: "call_far", 5: "jmp_far"}
 _GROUP_6 = {0: "sldt", 1: "str", 2: "lldt", 3: "ltr"}
 _GROUP_7 = {0: "sgdt", 1: "sidt", 2: "lgdt", 3: "lidt", 4: "smsw", 6: "lmsw", 7: "invlpg"}
@@ -29,9 +35,9 @@ _GROUP_9_REGISTER = {6: "rdrand", 7: "rdseed"}
 _GROUP_15_F3_REGISTER = {0: "rdfsbase", 1: "rdgsbase", 2: "wrfsbase", 3: "wrgsbase"}
 
 _OPCODE = re.compile(
-    rb"[\xca\xcb\xcd\xcf]"
+    rb"(?=[\xca\xcb\xcd\xcf\x6c-\x6f\xe4-\xe7\xec-\xef]"
     rb"|\xff(?:[\x18-\x1f\x28-\x2f\x58-\x5f\x68-\x6f\x98-\x9f\xa8-\xaf]|\Z)"
-    rb"|\x0f(?:[\x00\x01\x05-\x07\x20-\x23\x30-\x35\xa2\xc7\xae]|\x38\x82|\x38\Z|\Z)",
+    rb"|\x0f(?:[\x00\x01\x05-\x07\x20-\x23\x30-\x35\xa2\xc7\xae]|\x38\x82|\x38\Z|\Z))",
     re.DOTALL,
 )
 _PREFIX_BYTES = _LEGACY_PREFIXES | frozenset(range(0x40, 0x50))

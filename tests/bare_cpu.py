@@ -34,6 +34,7 @@ KERNEL_CS, KERNEL_SS, USER_SS, USER_CS, TR = 0x10, 0x18, 0x2B, 0x33, 0x40
 SPARE = 0x50  # a 16-byte slot of the GDT for a test's own descriptor
 SEGMENTS = (0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFFB000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF, 0)
 GDT_LIMIT = 8 * 20 - 1
+TSS_LIMIT = 0x67
 NON_CANONICAL = 0x8000_0000_0000
 WITH_ERROR = frozenset((8, 10, 11, 12, 13, 14, 17, 21))
 BASE_CR4 = RESET_CR4 | int(Cr4.PGE | Cr4.OSFXSR | Cr4.OSXMMEXCPT)
@@ -67,25 +68,26 @@ class BareCpu(Cpu):
 
     def __init__(
         self, *, levels: int = 4, features: Features | None = None, cr4: int = 0, efer: int = RESET_EFER | Efer.SCE,
-        tlb: str = "infinite", limit: int | None = None,
+        tlb: str | Tlb = "infinite", limit: int | None = None,
     ) -> None:
         memory = Memory(RAM)
         super().__init__(
-            0, memory, features=features or Features(la57=levels == 5), levels=levels, tlb=Tlb(tlb), is_stub=self._is_stub,
+            0, memory, features=features or Features(la57=levels == 5), levels=levels,
+            tlb=tlb if isinstance(tlb, Tlb) else Tlb(tlb), is_stub=self._is_stub,
             limit=limit,
         )
         self._build_tables(levels)
         self.mmu.reset(cr3=PML5 if levels == 5 else PML4, cr4=BASE_CR4 | cr4 | (Cr4.LA57 if levels == 5 else 0), efer=int(efer))
         self.sync_engine_registers()
         memory.write(GDT, struct.pack(f"<{len(SEGMENTS)}Q", *SEGMENTS))
-        self.put_system_segment(TR, SystemSegment(TSS, 0x67, SystemType.TSS_BUSY))
-        self.put_tss(Tss((RSP0, 0, 0), (IST1, IST2, 0, 0, 0, 0, 0)))
+        self.put_system_segment(TR, SystemSegment(TSS, TSS_LIMIT, SystemType.TSS_BUSY))
+        self.put_tss(Tss((RSP0, 0, 0), (IST1, IST2, 0, 0, 0, 0, 0), TSS_LIMIT + 1))
         for vector in range(256):
             memory.write(STUBS + STUB_SIZE * vector, b"\xf4")
             self.put_gate(vector)
         self.gdtr = TableRegister(GDT, GDT_LIMIT)
         self.idtr = TableRegister(IDT, 0xFFF)
-        self.tss, self.tr = TableRegister(TSS, 0x67), TR
+        self.tss, self.tr = TableRegister(TSS, TSS_LIMIT), TR
         self.load_tables()
         self.at_level(0)
 
