@@ -106,6 +106,7 @@ class Engine:
         self._layout = discover()
         # The binding's reg_read takes 1.7 us, the library's own function with a buffer kept for it 0.5 us, and a #PF needs twenty.
         self._handle = self.uc._uch
+        self._emu_start = uclib.uc_emu_start
         self._reg_read = uclib.uc_reg_read
         self._reg_write = uclib.uc_reg_write
         self._word = ctypes.c_uint64()
@@ -193,20 +194,18 @@ class Engine:
         self._reason = None
         self.fault = None
         self._translate_again = False
-        status = UC_ERR_OK
-        try:
-            if until is not None:
-                self.uc.ctl_set_exits([until])
-            self.uc.emu_start(rip, 0, 0, count)
-        except UcError as error:
-            status = error.errno
-        finally:
-            if until is not None:
-                self.uc.ctl_set_exits([])
-                self.uc.ctl_flush_tb()
-        if self._callback_error is not None:
-            error_in_callback, self._callback_error = self._callback_error, None
-            raise error_in_callback
+        if until is not None:
+            self.uc.ctl_set_exits([until])
+        # What the binding's own emu_start does, but for an exception at every fault.
+        self.uc._hook_exception = None
+        status = self._emu_start(self._handle, rip, 0, 0, count)
+        if until is not None:
+            self.uc.ctl_set_exits([])
+            self.uc.ctl_flush_tb()
+        error = self._callback_error or self.uc._hook_exception
+        if error is not None:
+            self._callback_error = None
+            raise error
         return self._classify(status)
 
     def _classify(self, status: int) -> StopReason:

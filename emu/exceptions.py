@@ -216,7 +216,8 @@ def _enter(cpu: Cpu, exception: CpuException, source: Source) -> None:
         cpu.cr2 = exception.cr2
     gate = _gate(cpu, vector, source, ext)
     target = _target_cpl(cpu, gate, ext)
-    old_rsp, old_ss, rflags = cpu.reg("rsp"), cpu.reg("ss"), cpu.reg("rflags")
+    engine = cpu.engine
+    old_rsp, old_ss, rflags = engine.reg("rsp"), engine.reg("ss"), engine.reg("rflags")
     if gate.ist:
         rsp = _tss_stack(cpu, _TSS_IST1 + 8 * (gate.ist - 1), ext)
     elif target < cpl:
@@ -228,14 +229,14 @@ def _enter(cpu: Cpu, exception: CpuException, source: Source) -> None:
     pushed_flags = rflags
     if source is Source.EXCEPTION:
         pushed_flags = rflags | _RF if vector in _FAULTS else rflags & ~_RF
-    words: tuple[int, ...] = (cpu.rip, cpu.reg("cs") & ~3 | cpl, pushed_flags, old_rsp, old_ss)
+    words: tuple[int, ...] = (cpu.rip, engine.reg("cs") & ~3 | cpl, pushed_flags, old_rsp, old_ss)
     if exception.error is not None:
         words = (exception.error, *words)
     rsp = (rsp & ~0xF) - 8 * len(words) & _MASK64
     _push(cpu, rsp, words, target == 3, bool(rflags & _AC), ext)
     cpu.enter_privilege(target, gate.selector & ~3 | target, new_stack=target < cpl)
-    cpu.set_reg("rsp", rsp)
-    cpu.set_reg("rflags", rflags & ~(_FLAGS_CLEARED | (_IF if gate.clears_if else 0)))
+    engine.set_reg("rsp", rsp)
+    engine.set_reg("rflags", rflags & ~(_FLAGS_CLEARED | (_IF if gate.clears_if else 0)))
     cpu.rip = gate.offset
     if vector == Vector.NMI and source is Source.EXTERNAL:
         cpu.nmi_blocked = True

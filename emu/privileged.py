@@ -64,7 +64,7 @@ def execute(cpu: Cpu) -> None:
     if instruction is None or handler is None or _LOCK in instruction.prefixes:
         raise CpuException(Vector.UD)
     step = Step(cpu, instruction, code, decoded)
-    traps = cpu.reg("rflags") & _TF
+    traps = cpu.engine.reg("rflags") & _TF
     try:
         handler(step)
     except GeneralProtection:

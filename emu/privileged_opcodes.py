@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _LEGACY_PREFIXES = frozenset((0x66, 0x67, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0xF0))
 MAX_LENGTH = 15
@@ -93,8 +94,13 @@ def candidates(page: bytes) -> list[int]:
     return sorted(found)
 
 
+@lru_cache(1024)
 def recognise(code: bytes) -> PrivilegedInstruction | None:
     """The intercepted instruction that `code` starts with, None for any other (or when its bytes are cut short)."""
+    return _recognise(code)
+
+
+def _recognise(code: bytes) -> PrivilegedInstruction | None:
     prefixes: set[int] = set()
     rex = 0
     at = 0
@@ -149,4 +155,4 @@ def _name(opcode: bytes, prefixes: frozenset[int]) -> tuple[str | None, int | No
 
 def is_intercepted(code: bytes) -> bool:
     """True when the instruction that `code` starts with is executed by the machine itself."""
-    return recognise(code) is not None
+    return _recognise(code) is not None

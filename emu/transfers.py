@@ -27,6 +27,8 @@ _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _READ = int(Access.READ)
 # Measured on real CPUs (emu/operands.py): IRET reads RFLAGS, CS, RIP first, and RETF CS before RIP.
 _IRET_ORDER, _RETF_ORDER = (2, 1, 0, 3, 4), (1, 0)
+# Plain numbers for IRET, which every exception ends with: an operation on a member of an enum costs ten times as much.
+_CONFORMING, _WRITABLE = int(CodeType.CONFORMING), int(DataType.WRITABLE)
 _WORD = {2: "H", 4: "I", 8: "Q"}
 _NT, _IF, _IOPL, _FIXED = int(Rflags.NT), int(Rflags.IF), int(Rflags.IOPL), int(Rflags.FIXED)
 # RF holds for one instruction, and only against instruction breakpoints, which never match here.
@@ -76,7 +78,7 @@ def _return_segment(cpu: Cpu, selector: int) -> int:
         raise CpuException(Vector.GP, 0)
     segment = segment_descriptor(cpu, selector)
     rpl = selector & 3
-    wrong_dpl = segment.dpl > rpl if segment.type & CodeType.CONFORMING else segment.dpl != rpl
+    wrong_dpl = segment.dpl > rpl if segment.type & _CONFORMING else segment.dpl != rpl
     if not segment.is_code or rpl < cpu.mmu.cpl or wrong_dpl or not segment.l or segment.db:
         raise CpuException(Vector.GP, selector & 0xFFFC)
     if not segment.p:
@@ -91,7 +93,7 @@ def _check_return_stack(cpu: Cpu, selector: int, cpl: int) -> None:
             raise CpuException(Vector.GP, 0)
         return
     segment = segment_descriptor(cpu, selector)
-    if selector & 3 != cpl or segment.is_code or not segment.s or not segment.type & DataType.WRITABLE or segment.dpl != cpl:
+    if selector & 3 != cpl or segment.is_code or not segment.s or not segment.type & _WRITABLE or segment.dpl != cpl:
         raise CpuException(Vector.GP, selector & 0xFFFC)
     if not segment.p:
         raise CpuException(Vector.SS, selector & 0xFFFC)
@@ -105,7 +107,7 @@ def _width(step: Step) -> int:
 def _pop(step: Step, order: tuple[int, ...], offset: int = 0) -> tuple[int, ...]:
     """As many words as `order` has from the stack, read in that order: it decides which word a fault reports."""
     cpu, width = step.cpu, _width(step)
-    la = cpu.reg("rsp") + offset & _MASK64
+    la = cpu.engine.reg("rsp") + offset & _MASK64
     size = width * len(order)
     first = la + width * order[0] & _MASK64
     if la & PAGE_MASK <= PAGE_SIZE - size:
@@ -124,7 +126,8 @@ def iret(step: Step) -> None:
     """IRET in 64-bit mode: it always pops RSP and SS too (vol. 2A). A fault on the way unblocks NMIs too (vol. 3A 6.7.1)."""
     cpu = step.cpu
     cpu.nmi_blocked = False
-    old = cpu.reg("rflags")
+    engine = cpu.engine
+    old = engine.reg("rflags")
     if old & _NT:
         raise CpuException(Vector.GP, 0)
     rip, cs, rflags, rsp, ss = _pop(step, _IRET_ORDER)
@@ -138,7 +141,7 @@ def iret(step: Step) -> None:
         if cpu.mmu.cpl > (old & _IOPL) >> 12:
             changeable &= ~_IF
     _enter_return(cpu, cpl, cs, ss, rsp)
-    cpu.set_reg("rflags", old & ~changeable | rflags & changeable | _FIXED)
+    engine.set_reg("rflags", old & ~changeable | rflags & changeable | _FIXED)
     cpu.rip = rip
 
 
@@ -149,8 +152,8 @@ def _enter_return(cpu: Cpu, cpl: int, cs: int, ss: int, rsp: int) -> None:
             if selector & ~3 and not _may_keep(cpu, selector, cpl):
                 cpu.set_reg(name, 0)
     cpu.enter_privilege(cpl, cs, new_stack=False)
-    cpu.set_reg("ss", ss)
-    cpu.set_reg("rsp", rsp)
+    cpu.engine.set_reg("ss", ss)
+    cpu.engine.set_reg("rsp", rsp)
 
 
 def _may_keep(cpu: Cpu, selector: int, cpl: int) -> bool:
@@ -162,7 +165,7 @@ def _may_keep(cpu: Cpu, selector: int, cpl: int) -> bool:
         segment = segment_descriptor(cpu, selector)
     except (CpuException, PageFault):
         return False
-    return segment.dpl >= cpl or (segment.is_code and bool(segment.type & CodeType.CONFORMING))
+    return segment.dpl >= cpl or (segment.is_code and bool(segment.type & _CONFORMING))
 
 
 def retf(step: Step) -> None:
@@ -199,7 +202,7 @@ def _far_target(step: Step) -> tuple[int, int]:
         raise CpuException(Vector.GP, 0)
     segment = segment_descriptor(cpu, selector)
     cpl = cpu.mmu.cpl
-    if segment.type & CodeType.CONFORMING:
+    if segment.type & _CONFORMING:
         reachable = segment.dpl <= cpl
     else:
         reachable = segment.dpl == cpl and selector & 3 <= cpl
