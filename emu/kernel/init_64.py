@@ -13,6 +13,7 @@ The tables for the kernel image and espfix stand in the image's data; all others
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from emu.kernel.layout import (
 )
 from emu.kernel.memblock import Memblock
 from emu.kernel.page_alloc import PageAllocator
+from emu.kernel.percpu_first_chunk import PcpuAllocInfo, pcpu_embed_first_chunk
 from emu.kernel.pgprot import KERNPG_TABLE, PAGE_TABLE, large_prot, make_pgprots
 from emu.kernel.pgtable import PageTable
 from emu.kernel.profile import Profile
@@ -166,6 +168,7 @@ class KernelMemory:
     memblock: Memblock
     pages: PageAllocator
     init_mm: InitMm
+    percpu: PcpuAllocInfo
 
 
 def setup_kernel_memory(
@@ -176,8 +179,10 @@ def setup_kernel_memory(
     *,
     gbpages: bool = True,
     pti: bool = False,
+    nr_cpus: int = 1,
+    cpu_to_node: Callable[[int], int] = lambda cpu: 0,
 ) -> KernelMemory:
-    """Reserve what boot needs, start the page allocator and build init_mm's tables.
+    """Reserve what boot needs, the CPUs' first per-CPU units included, start the page allocator and build init_mm's tables.
 
     Raises ValueError when the kernel image is not in RAM, OutOfMemoryAtBoot or MemoryError when RAM is too small.
     """
@@ -190,10 +195,11 @@ def setup_kernel_memory(
     memblock.reserve(0, FIRST_MIB)
     memblock.reserve(layout.kernel_phys, layout.kernel_phys + KERNEL_SIZE)
     vmemmap = _alloc_vmemmap(memory, memblock, layout)
+    percpu = pcpu_embed_first_chunk(memblock, layout, profile, nr_cpus, cpu_to_node)
     pages = PageAllocator(memory, memblock)
     init_mm = InitMm(memory, pages, layout, profile, report, gbpages=gbpages, pti=pti)
     init_mm.build(vmemmap)
-    return KernelMemory(memblock, pages, init_mm)
+    return KernelMemory(memblock, pages, init_mm, percpu)
 
 
 def _alloc_vmemmap(memory: Memory, memblock: Memblock, layout: Layout) -> tuple[Vmemmap, ...]:

@@ -62,6 +62,17 @@ class Memblock:
                 return pa
         raise OutOfMemoryAtBoot(where, size)
 
+    def free(self, start: int, end: int) -> None:
+        """Give a part of one reservation back. Raises ValueError when [start, end) is unaligned or not all of it is reserved."""
+        if start % PAGE_SIZE or end % PAGE_SIZE or start >= end:
+            raise ValueError(f"cannot free [{start:#x}, {end:#x}): not whole pages")
+        for i, (reserved_start, reserved_end) in enumerate(self.reserved):
+            if reserved_start <= start and end <= reserved_end:
+                kept = [(reserved_start, start), (end, reserved_end)]
+                self.reserved[i : i + 1] = [(low, high) for low, high in kept if low < high]
+                return
+        raise ValueError(f"cannot free [{start:#x}, {end:#x}): it is not reserved")
+
     def free_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
         """What of [start, end) is not reserved, ascending."""
         ranges = []

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +57,28 @@ def gfp_zone(gfp: int) -> ZoneType:
     if gfp & _DMA:
         return ZoneType.DMA
     return ZoneType.DMA32 if gfp & _DMA32 else ZoneType.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChoice:
+    """Where a request without a node looks: `node`'s zonelist, bound to `only`; the nodes `preferred` come first."""
+
+    node: int
+    only: frozenset[int] | None = None
+    preferred: frozenset[int] | None = None
+
+
+class NodePolicy(Protocol):
+    """Decides for requests that name no node."""
+
+    def numa_node_id(self) -> int:
+        """Node of the CPU that asks."""
+
+    def choose(self, gfp: int) -> NodeChoice:
+        """For one block."""
+
+    def choose_bulk(self, gfp: int, nr_pages: int) -> list[tuple[NodeChoice, int]]:
+        """For many single frames: in turn, so many by each choice."""
 
 
 class Zone:
@@ -99,6 +123,8 @@ class PageAllocator:
         self.max_pfn = memory.size >> PAGE_SHIFT
         self.should_fail: Callable[[int, int], bool] | None = None
         self.init_on_alloc = init_on_alloc
+        # None: node 0 first, as on a machine with one node.
+        self.policy: NodePolicy | None = None
         # Sparse host memory: 5 bytes a frame, of which only those of used frames become resident.
         refs = _sparse_map(4 * self.max_pfn)
         self._refcount: npt.NDArray[np.int32] = np.frombuffer(refs, dtype=np.int32)
@@ -153,12 +179,28 @@ class PageAllocator:
                 return zone
         raise ValueError(f"frame {pfn:#x} is not in RAM")
 
+    def numa_mem_id(self) -> int:
+        """The node that is local to whoever asks."""
+        return 0 if self.policy is None else self.policy.numa_node_id()
+
     def _candidates(self, gfp: int, node: int) -> tuple[Zone, ...]:
-        if node != NUMA_NO_NODE and not 0 <= node < len(self.zones):
-            raise ValueError(f"node is {node}; this machine has nodes 0 to {len(self.zones) - 1}")
-        zones = self._zonelists[0 if node == NUMA_NO_NODE else node][gfp_zone(gfp)]
-        if gfp & _THISNODE and node != NUMA_NO_NODE:
-            return tuple(zone for zone in zones if zone.node == node)
+        if node != NUMA_NO_NODE:
+            if not 0 <= node < len(self.zones):
+                raise ValueError(f"node is {node}; this machine has nodes 0 to {len(self.zones) - 1}")
+            zones = self._zonelists[node][gfp_zone(gfp)]
+            return tuple(zone for zone in zones if zone.node == node) if gfp & _THISNODE else zones
+        if self.policy is None:
+            return self._zonelists[0][gfp_zone(gfp)]
+        return self._chosen(gfp, self.policy.choose(gfp))
+
+    def _chosen(self, gfp: int, choice: NodeChoice) -> tuple[Zone, ...]:
+        zones = self._zonelists[choice.node][gfp_zone(gfp)]
+        if gfp & _THISNODE:
+            return tuple(zone for zone in zones if zone.node == choice.node)
+        if choice.only is not None:
+            return tuple(zone for zone in zones if zone.node in choice.only)
+        if choice.preferred is not None:
+            return tuple(sorted(zones, key=lambda zone: zone.node not in (choice.preferred or ())))
         return zones
 
     # Allocation
@@ -194,13 +236,14 @@ class PageAllocator:
         milliseconds.
         """
         gfp = int(gfp)
-        zones = self._candidates(gfp, node)
         chunks: list[Pfns] = []
         if nr_pages > 0 and not (self.should_fail is not None and self.should_fail(gfp, 0)):
-            for zone in zones:
-                nr_pages = self._rmqueue_bulk(zone, nr_pages, chunks)
-                if not nr_pages:
-                    break
+            for zones, share in self._bulk_shares(gfp, node, nr_pages):
+                wanted = share
+                for zone in zones:
+                    wanted = self._rmqueue_bulk(zone, wanted, chunks)
+                    if not wanted:
+                        break
         if not chunks:
             return np.empty(0, dtype=np.int64)
         pfns = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
@@ -209,6 +252,11 @@ class PageAllocator:
             for start, end in _runs(pfns):
                 self.memory.fill(start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
         return pfns
+
+    def _bulk_shares(self, gfp: int, node: int, nr_pages: int) -> list[tuple[tuple[Zone, ...], int]]:
+        if node != NUMA_NO_NODE or self.policy is None:
+            return [(self._candidates(gfp, node), nr_pages)]
+        return [(self._chosen(gfp, choice), share) for choice, share in self.policy.choose_bulk(gfp, nr_pages)]
 
     def _rmqueue(self, zone: Zone, order: int) -> int | None:
         """Take a block of `order` from the smallest order that has one; the unused upper halves go to the lists."""
@@ -322,6 +370,15 @@ class PageAllocator:
             raise ValueError(f"frame {pfn:#x} is not the start of a block of order {order}")
         if self._refs[pfn] <= 0:
             raise ValueError(f"frame {pfn:#x} is not allocated")
+
+    def is_allocated_block(self, pfn: int, order: int) -> bool:
+        """Whether 2^order frames from `pfn` may be freed as one block: the first one is allocated, and the others are its tails."""
+        if not 0 <= pfn < self.max_pfn or pfn & ((1 << order) - 1) or self._refs[pfn] <= 0:
+            return False
+        rest = slice(pfn + 1, pfn + (1 << order))
+        if self._refcount[rest].any() or self._free_order[rest].any():
+            return False
+        return not any(start < pfn + (1 << order) and pfn < end for start, end in self._zone_of(pfn).runs)
 
     def _free_one_page(self, zone: Zone, pfn: int, order: int) -> None:
         zone.nr_free += 1 << order

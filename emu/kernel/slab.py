@@ -109,8 +109,10 @@ class Slab:
         return self.kmalloc(size, int(gfp) | _ZERO, node)
 
     def _slab_for(self, cache: KmemCache, gfp: int, node: int) -> _Slab | None:
-        wanted = 0 if node == NUMA_NO_NODE else node
-        partial = cache.partial.get(wanted)
+        partial = cache.partial.get(self.pages.numa_mem_id() if node == NUMA_NO_NODE else node)
+        if not partial and node == NUMA_NO_NODE:
+            # Before SLUB makes a slab it looks for free objects on the other nodes (v6.12 mm/slub.c get_any_partial).
+            partial = next((slabs for _, slabs in sorted(cache.partial.items()) if slabs), None)
         if partial:
             return partial[next(reversed(partial))]
         pfn = self.pages.alloc_pages(gfp & ~_ZERO | _COMP, cache.order, node)
