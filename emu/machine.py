@@ -159,8 +159,8 @@ class Machine:
         )
         ModuleApi(self.kernel)
         self.cpu = Cpu(
-            0, self.memory, features=features, levels=config.levels, tlb=Tlb(TlbMode.NONE if config.native else config.tlb),
-            is_stub=self.kernel.is_stub, limit=limit, engine=NativeEngine if config.native else Engine,
+            0, self.memory, features=features, levels=config.levels, tlb=Tlb(config.tlb), is_stub=self.kernel.is_stub, limit=limit,
+            engine=NativeEngine if config.native else Engine,
         )
         self.cpu.on_delivery = self._on_delivery
         self.cpu.on_entry = self._on_entry

@@ -18,7 +18,8 @@ What it is not:
 - Staleness is that of Unicorn's TLB: 256 direct-mapped entries that grow and shrink by the host's clock, flushed whole by INVLPG,
   INVPCID, every MOV CR3 and every new block. An entry that a kernel forgot to flush may or may not be used. TLB modes, PCIDs that
   keep their entries, global pages that outlive CR3, the paging-structure caches, TLB counters and queries exist in the other mode.
-- Accesses of the kernel model and of exception delivery always walk afresh: they never see what the program's TLB still holds.
+- Accesses of the kernel model and of exception delivery go through the `infinite` TLB of emu/mmu, which the program's accesses do
+  not fill: the two TLBs hear of the same invalidations, but what one still holds the other may not.
 - Accesses are not visible: no trace of translations can be made, and what descriptor loads read at CPL 0 with RFLAGS.AC set is
   not refused by SMAP (Unicorn takes them for explicit ones: tools/permissions.py lists this difference from the SDM 4.6.1).
 - A in a 1G leaf that refuses the access is set (tools/permissions.py, too).
@@ -240,23 +241,26 @@ class NativeEngine(Engine):
 
     def _general_protection(self) -> StopReason:
         """A #GP(0) for an address that is not canonical is a fault of that access, lest a stack's be taken for a #GP."""
-        levels = self.mmu.regs.levels
-        rip = self.reg("rip")
-        if not is_canonical(rip, levels):
-            return self._not_canonical(rip, Access.FETCH)
         if self.error_code:
             return StopReason.INTERRUPT
-        for part in checks(self._accesses(rip)):
-            if not is_canonical(part.la, levels):
-                return self._not_canonical(part.la, Access.WRITE if part.write else Access.READ)
+        for part in checks(self._accesses(self.reg("rip"))):
+            if not is_canonical(part.la, self.mmu.regs.levels):
+                self.forget_exception()
+                self.fault = NonCanonical(part.la)
+                self.fault_access = Access.WRITE if part.write else Access.READ
+                self.fault_page = part.la & _PAGE_MASK
+                return StopReason.FAULT
         return StopReason.INTERRUPT
 
-    def _not_canonical(self, la: int, access: Access) -> StopReason:
-        self.forget_exception()
-        self.fault = NonCanonical(la)
-        self.fault_access = access
-        self.fault_page = la & _PAGE_MASK
-        return StopReason.FAULT
+    def _peek_fetch(self, la: int) -> int:
+        """Base class's, without the MMU's TLB: what Unicorn fetches by is its own."""
+        page = la & _PAGE_MASK
+        frame = self._fetched.get(page)
+        if frame is None:
+            mmu = self.mmu
+            frame = walk(self.memory, mmu.regs, page, Access.FETCH, mmu.cpl == 3, set_ad=False).pa
+            self._fetched[page] = frame
+        return frame | la & (PAGE_SIZE - 1)
 
     def _on_block(self, uc: Uc, block: uc_tb, _previous: uc_tb, _data: object) -> None:
         """A block was translated and is about to run."""
@@ -265,9 +269,7 @@ class NativeEngine(Engine):
         self._fetched.clear()
         try:
             for page in range(start & _PAGE_MASK, start + size, PAGE_SIZE):
-                frame = self._peek_fetch(page)
-                self._fetched[page] = frame
-                self.memory.code_frames.add(frame >> 12)
+                self.memory.code_frames.add(self._peek_fetch(page) >> 12)
             code = self.peek(start, size)
         except (PageFault, NonCanonical, BusError):
             return

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bare_cpu import CODE, KERNEL, PD, USER_CODE, USER_DATA, BareCpu, Entered
+from bare_cpu import CODE, KERNEL, KERNEL_PT, PD, PDPT, PML4, USER_CODE, USER_DATA, BareCpu, Entered
 from hardware.instructions import CODE_BEFORE_ABSENT, CODE_BEFORE_NX, DATA, GPR, PAGE, RIGHTS, Case, cases
+from unicorn import UC_HOOK_EDGE_GENERATED
 
-from emu.cpu import Cpu, Halted
+from emu.cpu import Cpu, Halted, Interrupted
 from emu.exceptions import TripleFault, Vector
 from emu.guest.asm import assemble
 from emu.guest.directives import MachineOptions
@@ -235,7 +236,7 @@ def test_code_changed_through_another_mapping_of_its_frame_runs_in_its_new_form(
     ("xchg [rax + 4094], ecx", Vector.PF, 2),
     ("cmp [rax + 4096], ecx", Vector.PF, 0),
     ("mov rcx, 0x8000000000000000\nmov [rcx], eax", Vector.GP, 0),
-    ("mov rsp, 0x8000000000000000\npush rax", Vector.SS, 0),
+    ("mov rsp, 0x8000000000000000\npush rax", Vector.DF, 0),
     ("mov rbp, 0x8000000000000000\nmov eax, [rbp]", Vector.SS, 0),
     ("mov rcx, 0x8000000000000000\njmp rcx", Vector.GP, 0),
 ])
@@ -254,9 +255,16 @@ def test_two_thousand_faults_in_a_row_are_all_page_faults(native_cpu: pytest.Mon
 def test_a_fetch_is_told_from_a_read_where_the_error_code_does_not(native_cpu: pytest.MonkeyPatch) -> None:
     cpu = BareCpu(efer=int(RESET_EFER & ~Efer.NXE))
     cpu.unmap(KERNEL + 0x8000)
-    entered = cpu.run_code(b"\xff\xe0", rax=KERNEL + 0x8000)
+    entered = cpu.run_code(b"\xff\xe0", rax=KERNEL + 0x8010)
     assert isinstance(entered, Entered)
-    assert (entered.vector, entered.error, entered.rip, cpu.cr2) == (Vector.PF, 0, KERNEL + 0x8000, KERNEL + 0x8000)
+    assert (entered.vector, entered.error, entered.rip, cpu.cr2) == (Vector.PF, 0, KERNEL + 0x8010, KERNEL + 0x8010)
+    # An instruction that runs into the absent page, and one in front of it that reads its first byte.
+    entered = cpu.run_code(b"\xb8\1\2\3\4", at=KERNEL + 0x7FFE)
+    assert isinstance(entered, Entered)
+    assert (entered.vector, entered.error, entered.rip, cpu.cr2) == (Vector.PF, 0, KERNEL + 0x7FFE, KERNEL + 0x8000)
+    entered = cpu.run_code(b"\x8b\x00\xeb\x00", at=KERNEL + 0x7FFC, rax=KERNEL + 0x7FFE)
+    assert isinstance(entered, Entered)
+    assert (entered.vector, entered.error, entered.rip, cpu.cr2) == (Vector.PF, 0, KERNEL + 0x7FFC, KERNEL + 0x8000)
 
 
 def test_protection_keys_are_those_of_the_machines_pkru(native_cpu: pytest.MonkeyPatch) -> None:
@@ -294,6 +302,51 @@ def test_an_access_outside_ram_is_the_same_bus_error(code: bytes, native_cpu: py
     assert native == outside(BareCpu())
 
 
+def test_a_fetch_that_runs_into_a_page_outside_ram_is_a_bus_error(native_cpu: pytest.MonkeyPatch) -> None:
+    cpu = BareCpu()
+    cpu.memory.write_u64(cpu.pte_pa(KERNEL + 0x8000), 0x4_0000_0000 | P | RW | A | D)
+    with pytest.raises(BusError, match="0x400000000"):
+        cpu.run_code(b"\xb8\1\2\3\4", at=KERNEL + 0x7FFE)
+    assert cpu.rip == KERNEL + 0x7FFE
+
+
+def test_a_new_cr3_is_another_address_space(native_cpu: pytest.MonkeyPatch) -> None:
+    cpu = BareCpu()
+    memory, here, there = cpu.memory, KERNEL + 0x8000, KERNEL + 0x9000
+    for n, table in enumerate((PML4, PDPT, PD, KERNEL_PT)):
+        memory.write(0x7000 + PAGE * n, memory.read(table, PAGE))
+    for n, (slot, table) in enumerate(((0, 0x8000), (0, 0x9000), (KERNEL >> 21, 0xA000))):
+        memory.write_u64(0x7000 + PAGE * n + 8 * slot, table | P | RW)
+    memory.write_u64(0xA000 + 8 * (here >> 12 & 511), there | P | RW)
+    memory.write(there, b"\x33")
+    stop = cpu.run_code(b"\x8a\x1a\x0f\x22\xd8\x8a\x0a\xf4", rax=0x7000, rdx=here)  # mov bl, [rdx]; mov cr3, rax; mov cl, [rdx]
+    assert isinstance(stop, Halted)
+    assert (cpu.reg("rbx") & 0xFF, cpu.reg("rcx") & 0xFF) == (0, 0x33)
+
+
+def test_code_that_comes_by_a_changed_entry_without_invlpg_is_searched_as_it_is_fetched(native_cpu: pytest.MonkeyPatch) -> None:
+    cpu = BareCpu()
+    here, there = KERNEL + 0x8000, KERNEL + 0x9000
+    cpu.run_code(b"\x90\xf4", at=here)
+    cpu.memory.write(there, b"\x90\x0f\xa2\xf4")  # nop; cpuid
+    code = b"\x48\x89\x1a\xff\xe1"  # mov [rdx], rbx; jmp rcx
+    cpu.run_code(code, rax=0x8000_0002, rbx=there | P | RW | A | D, rcx=here, rdx=cpu.pte_pa(here))
+    assert cpu.reg("rax") == int.from_bytes(b"vmem", "little")
+
+
+def test_a_stop_that_comes_while_a_block_is_thrown_away_is_not_lost(native_cpu: pytest.MonkeyPatch) -> None:
+    cpu = BareCpu()
+    asks = [True]
+
+    def ask(*_: object) -> None:
+        if asks:
+            cpu.engine._asked = asks.pop()
+
+    cpu.engine.uc.hook_add(UC_HOOK_EDGE_GENERATED, ask)
+    assert isinstance(cpu.run_code(b"\x0f\xa2\xf4"), Interrupted)
+    assert isinstance(cpu.run(), Halted)
+
+
 def test_the_privilege_level_is_the_machines_after_every_way_to_change_it(native_cpu: pytest.MonkeyPatch) -> None:
     cpu = BareCpu()
     for _ in range(3):
@@ -325,6 +378,13 @@ def test_code_that_the_machine_writes_is_translated_again(native_cpu: pytest.Mon
         cpu.run_code(b"\xb0" + bytes((value,)) + b"\xf4")
         assert cpu.reg("rax") & 0xFF == value
         cpu.vector_of(b"\xb0" + bytes((value,)) + b"\x0f\x0b", 3, at=USER_CODE)
+        # In the second page of a block, too.
+        cpu.memory.write(KERNEL + 0x8000, bytes((value, 0, 0, 0, 0xF4)))
+        if value == 1:
+            cpu.memory.write(KERNEL + 0x7FFF, b"\xb8")
+        cpu.rip = KERNEL + 0x7FFF
+        assert isinstance(cpu.go_on(), Halted)
+        assert cpu.reg("rax") == value
 
 
 def test_a_unicorn_that_does_not_report_its_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
