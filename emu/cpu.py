@@ -8,6 +8,7 @@ What differs from a CPU:
 - #AC is never raised, whatever CR0.AM and RFLAGS.AC are, and breakpoints in DR0 to DR3 never match;
 - there is no compatibility mode and there are no call gates: a far transfer to either is a #GP of its selector;
 - loading a code segment does not set the accessed bit of its descriptor;
+- BMI instructions are executed though CPUID does not announce them, and STAC and CLAC though SMAP may not be announced;
 - an instruction that begins is counted each time it begins, one that faults and restarts and each element of a REP included.
 """
 

@@ -38,7 +38,7 @@ from emu.rflags import Rflags
 
 IF, TF, NT, RF, AC = int(Rflags.IF), int(Rflags.TF), int(Rflags.NT), int(Rflags.RF), int(Rflags.AC)
 CONFORMING_CODE = 0x00AF9F000000FFFF
-COMPATIBILITY_CODE = 0x00CF9B000000FFFF
+COMPATIBILITY_CODE, CODE_OF_16_BITS, CODE_WITH_L_AND_D = 0x00CF9B000000FFFF, 0x008F9B000000FFFF, 0x00EF9B000000FFFF
 BENIGN = (Vector.DB, Vector.NMI, Vector.BP, Vector.OF, Vector.BR, Vector.UD, Vector.NM, Vector.MF, Vector.AC, Vector.MC, Vector.XM)
 CONTRIBUTORY = (Vector.DE, Vector.TS, Vector.NP, Vector.SS, Vector.GP)
 
@@ -187,9 +187,11 @@ def test_the_code_segment_of_a_gate_is_checked(cpu: BareCpu) -> None:
     for selector, expected in (
         (0, (Vector.GP, 0)), (3, (Vector.GP, 0)), (KERNEL_SS, (Vector.GP, KERNEL_SS)), (0xF0, (Vector.GP, 0xF0)),
         (0x14, (Vector.GP, 0x14)), (USER_CS & ~3, (Vector.GP, USER_CS & ~3)), (SPARE, (Vector.NP, SPARE)),
-        (SPARE + 8, (Vector.GP, SPARE + 8)),
+        (SPARE + 8, (Vector.GP, SPARE + 8)), (SPARE + 16, (Vector.GP, SPARE + 16)), (SPARE + 24, (Vector.GP, SPARE + 24)),
     ):
         cpu.put_segment(SPARE, 0x00AF1B000000FFFF)
+        cpu.put_segment(SPARE + 16, CODE_OF_16_BITS)
+        cpu.put_segment(SPARE + 24, CODE_WITH_L_AND_D)
         cpu.put_segment(SPARE + 8, COMPATIBILITY_CODE)
         cpu.put_gate(0x80, selector=selector)
         assert cpu.vector_of("int 0x80") == expected

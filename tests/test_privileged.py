@@ -503,7 +503,7 @@ def test_ports_at_level_3_need_iopl_or_a_clear_bit_in_the_tss(cpu: BareCpu) -> N
     assert cpu.vector_of(b"\xec\x0f\x0b", 3, rdx=0x60) == UD
     assert cpu.reg("rax") & 0xFF == 0xFF
     assert cpu.vector_of(b"\xec", 3, rdx=0x61) == GP0
-    assert cpu.vector_of(b"\xed", 3, rdx=0x5F) == GP0  # the bits of all its ports
+    assert cpu.vector_of(b"\xed", 3, rdx=0x60) == GP0  # the bits of all its ports
     assert cpu.vector_of(b"\xe6\x60\x0f\x0b", 3) == UD
     assert cpu.vector_of(b"\xe6\x61", 3) == GP0
     assert cpu.vector_of(b"\xec", 3, rdx=0x2000) == GP0  # beyond the TSS

@@ -32,7 +32,7 @@ IF, TF, NT, RF, AC, IOPL = int(Rflags.IF), int(Rflags.TF), int(Rflags.NT), int(R
 IRETQ, RETFQ, SYSCALL, SYSRETQ = b"\x48\xcf", b"\x48\xcb", b"\x0f\x05", b"\x48\x0f\x07"
 UD2 = b"\x0f\x0b"
 ABSENT_CODE = 0x00AF1B000000FFFF
-COMPATIBILITY_CODE = 0x00CF9B000000FFFF
+COMPATIBILITY_CODE, CODE_OF_16_BITS, CODE_WITH_L_AND_D = 0x00CF9B000000FFFF, 0x008F9B000000FFFF, 0x00EF9B000000FFFF
 CONFORMING_CODE = 0x00AF9F000000FFFF
 FRAME = STACK - 0x100
 
@@ -94,6 +94,8 @@ def test_iretq_with_nt_is_gp(cpu: BareCpu) -> None:
     (KERNEL_CS | 3, (Vector.GP, KERNEL_CS)),
     (SPARE, (Vector.NP, SPARE)),
     (SPARE + 8, (Vector.GP, SPARE + 8)),
+    (SPARE + 16, (Vector.GP, SPARE + 16)),
+    (SPARE + 24, (Vector.GP, SPARE + 24)),
     (0xF3, (Vector.GP, 0xF0)),
     (TR, (Vector.GP, TR)),
     (USER_CS | 4, (Vector.GP, USER_CS & ~3 | 4)),
@@ -101,6 +103,8 @@ def test_iretq_with_nt_is_gp(cpu: BareCpu) -> None:
 def test_iretq_checks_the_code_segment(cpu: BareCpu, cs: int, expected: tuple[int, int]) -> None:
     cpu.put_segment(SPARE, ABSENT_CODE)
     cpu.put_segment(SPARE + 8, COMPATIBILITY_CODE)
+    cpu.put_segment(SPARE + 16, CODE_OF_16_BITS)
+    cpu.put_segment(SPARE + 24, CODE_WITH_L_AND_D)
     entered = iretq(cpu, cs=cs)
     assert (entered.vector, entered.error) == expected
     assert (entered.rip, entered.rsp, entered.cs) == (CODE, FRAME, KERNEL_CS)
