@@ -12,7 +12,7 @@ changes or clears a live entry returns a FlushRange: that flush is owed.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,6 +68,8 @@ class PageTable:
         self.sync_pgds = True
         self.pgds: dict[int, None] = {}
         self.modified = PgtblMod(0)
+        # vm_unmap_aliases(), for whoever changes protections; the owner of the vmap blocks sets it.
+        self.unmap_aliases: Callable[[], None] = lambda: None
         self._u64 = memory.u64
         self._mask = 0
 

@@ -107,12 +107,13 @@ def split_large_page(tables: PageTable, found: Lookup, addr: int) -> bool:
 def change_page_attr_set_clr(
     mm: InitMm, addr: int, numpages: int, *, set_mask: int = 0, clear_mask: int = 0
 ) -> tuple[int, FlushRange]:
-    """change_page_attr on [addr, +numpages pages) and on the direct-map aliases of its frames.
+    """change_page_attr on [addr, +numpages pages) and on the direct-map aliases of its frames, after vm_unmap_aliases().
 
     Raises ValueError when `addr` is not page aligned. The flush owed is everything as soon as an alias was changed.
     """
     if addr % PAGE_SIZE:
         raise ValueError(f"address {addr:#x} is not page aligned")
+    mm.unmap_aliases()
     err, flush = change_page_attr(mm, addr, numpages, set_mask=set_mask, clear_mask=clear_mask)
     layout = mm.layout
     in_direct_map = layout.page_offset <= addr < layout.va(mm.memory.size)

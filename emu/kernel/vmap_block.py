@@ -65,6 +65,7 @@ class VmapBlocks:
         self.index: list[dict[int, VmapBlock]] = [{} for _ in range(possible if self._sharded else 1)]
         self.space.purge_fragmented_blocks = self.purge_fragmented_blocks_allcpus
         vmalloc.unmap_aliases = self.unmap_aliases
+        vmalloc.mm.unmap_aliases = self.vm_unmap_aliases
 
     def _index_of(self, la: int) -> dict[int, VmapBlock]:
         return self.index[la // VMAP_BLOCK_SIZE % len(self.index)]

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from kernel_floor import flags_of, make_floor, recorded_facts
+from vmap_machine import kernel
 
 from emu.kernel.gfp import GFP_KERNEL
 from emu.kernel.layout import PMD_SIZE
@@ -107,3 +108,13 @@ def test_an_unmapped_page_is_einval_and_no_memory_for_a_split_is_enomem():
     assert set_memory_ro(floor.mm, la + 4096, 1)[0] == -22
     floor.pages.should_fail = lambda gfp, order: True
     assert set_memory_ro(floor.mm, floor.layout.va(PMD_SIZE * 100), 1)[0] == -12
+
+
+def test_changing_a_protection_first_flushes_every_lazy_alias():
+    k = kernel()
+    lazy, kept = k.vmalloc.vmalloc(4096), k.vmalloc.vmalloc(4096)
+    k.vmalloc.vfree(lazy)
+    assert set_memory_nx(k.mm, kept, 1)[0] == 0
+    assert k.space.vmap_lazy_nr == 0
+    assert len(k.task.flushed) == 1
+    assert k.vmalloc.vmalloc(4096) == lazy
