@@ -136,8 +136,9 @@ def kernel(
     levels: int = 4,
     pti: bool = False,
     gbpages: bool = True,
+    busy: tuple[tuple[int, int], ...] = (),
 ) -> Kernel:
-    """A booted kernel with an empty vmalloc region."""
+    """A booted kernel whose vmalloc region is empty but for the ranges `busy`, where boot has put something."""
     memory = Memory(size, nodes)
     layout = make_layout(levels, memory_size=size)
     task = Task(possible=cpus, online=cpus)
@@ -147,5 +148,7 @@ def kernel(
     bounds = (layout.vmalloc_start, layout.vmalloc_end)
     made = VmapSpace(design_of(profile), bounds, task, task, task, task)
     vmalloc = Vmalloc(made, floor.init_mm, slab, task, task)
+    for start, end in busy:
+        vmalloc.vm_area_add_early(start, end - start, 0)
     vmalloc.vmalloc_init()
     return Kernel(task, floor.init_mm, floor.pages, slab, made, vmalloc, Vmap(vmalloc), VmapBlocks(vmalloc), floor.memblock)
