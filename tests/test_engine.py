@@ -193,6 +193,7 @@ def test_bytes_of_code_are_peeked_as_the_tlb_translates_them(cpu: BareCpu) -> No
     cpu.engine.drop_soft_tlb()
     halts(cpu, "jmp rdx", rdx=DATA, rax=0)
     assert cpu.reg("rax") != 0
+    cpu.engine.drop_soft_tlb()
     assert cpu.engine.peek(DATA, 2) == b"\x0f\xa2"
     cpu.mmu.invlpg(DATA)
     assert cpu.engine.peek(DATA, 2) == b"\x90\x90"

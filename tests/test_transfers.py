@@ -231,12 +231,13 @@ JMP_FAR, CALL_FAR = b"\x48\xff\x2b", b"\x48\xff\x1b"  # [rbx]
 
 def test_a_far_jump_loads_cs_with_the_current_level(cpu: BareCpu) -> None:
     cpu.put_segment(SPARE, CONFORMING_CODE)
-    cpu.memory.write(USER_CODE + 0x100, UD2)
+    cpu.memory.write(USER_CODE + 0x100, b"\x8c\xc8" + UD2)  # mov eax, cs
     pointer = USER_STACK
     cpu.memory.write(pointer, (USER_CODE + 0x100).to_bytes(8, "little") + SPARE.to_bytes(2, "little"))
     entered = cpu.run_code(JMP_FAR, 3, at=USER_CODE + 0x200, rbx=pointer)
     assert isinstance(entered, Entered)
-    assert (entered.vector, entered.rip, entered.cs, entered.rsp) == (Vector.UD, USER_CODE + 0x100, SPARE | 3, USER_STACK)
+    assert (entered.vector, entered.rip, entered.cs, entered.rsp) == (Vector.UD, USER_CODE + 0x102, SPARE | 3, USER_STACK)
+    assert cpu.reg("rax") == SPARE | 3
 
 
 def test_a_far_call_pushes_cs_and_rip(cpu: BareCpu) -> None:
