@@ -6,6 +6,7 @@ modelled: MTRRs (a request for write-back is not weakened) and the alias of mapp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -56,10 +57,14 @@ class Memtype:
 
 
 class Ioremap:
-    """Mappings of device memory. `memblock` tells which RAM boot kept from the page allocator: only that may be mapped."""
+    """Mappings of device memory. `memblock` tells which RAM boot kept from the page allocator: only that may be mapped.
 
-    def __init__(self, vmap: Vmap, memblock: Memblock) -> None:
+    `dump_stack` prints the stack of who unmaps a bad address.
+    """
+
+    def __init__(self, vmap: Vmap, memblock: Memblock, dump_stack: Callable[[], None] = lambda: None) -> None:
         self.vmap = vmap
+        self.dump_stack = dump_stack
         self.vmalloc = vmap.vmalloc
         self.memblock = memblock
         self.memtypes: list[Memtype] = []
@@ -152,6 +157,7 @@ class Ioremap:
         area = vmalloc.find_vm_area(la)
         if area is None:
             vmalloc.report.printk(f"iounmap: bad address {la:016x}")
+            self.dump_stack()
             return
         self._memtype_free(area.phys_addr, area.phys_addr + area.get_vm_area_size())
         if vmalloc.remove_vm_area(la) is not area:

@@ -11,29 +11,37 @@ from dataclasses import dataclass
 from random import Random
 
 from emu.kernel import vmap_node
+from emu.kernel.callers import CALLERS, FORK
 from emu.kernel.cpu_entry_area import CPU_ENTRY_AREA_RO_IDT, CpuEntryArea, cpu_entry_areas, map_cpu_entry_areas
 from emu.kernel.descriptors import gdt, tss
-from emu.kernel.entry import Ending, ExceptionEntry
+from emu.kernel.entry import End, Ending, ExceptionEntry
 from emu.kernel.exports import KernelSymbols
 from emu.kernel.gfp import GFP_KERNEL, Gfp
 from emu.kernel.init_64 import setup_kernel_memory
+from emu.kernel.ioremap import Ioremap
+from emu.kernel.irq_stack import map_irq_stack
 from emu.kernel.kernel_cpu import KernelCpu, TlbFlush
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, make_layout
+from emu.kernel.mempolicy import Mempolicy, TaskMempolicy
 from emu.kernel.module import Module, ModuleLoader
 from emu.kernel.oops import KERNEL_TEXT, KernelBuild, OopsState, Task
+from emu.kernel.page_alloc import NUMA_NO_NODE
+from emu.kernel.percpu import PerCpu
 from emu.kernel.printk import KernelLog
 from emu.kernel.profile import Profile
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.purge import VmapSpace
+from emu.kernel.ratelimit import RatelimitState
 from emu.kernel.slab import Slab
 from emu.kernel.taint import Taint
-from emu.kernel.task import KTHREAD_EXIT, KernelThread, alloc_thread_stack_node, ret_from_fork_code
+from emu.kernel.task import KTHREAD_EXIT, KernelThread, ret_from_fork_code
+from emu.kernel.thread_stack import ThreadStacks
 from emu.kernel.traps import BugEntry, entry_stubs, idt, idt_entries
 from emu.kernel.vmalloc import Vmalloc
 from emu.kernel.vmap import Vmap
 from emu.kernel.vmap_block import VmapBlocks
 from emu.kernel.vsprintf import Formatter
-from emu.kernel.warn_sites import find_site, site_symbols
+from emu.kernel.warn_sites import find_bug_site, find_site, site_symbols
 from emu.memory import Memory
 from emu.mmu.entry import Level
 from emu.mmu.fault import NonCanonical, PageFault
@@ -41,14 +49,11 @@ from emu.mmu.walk import PagingRegisters, inspect
 
 HARDWARE = "vmemu emulated x86-64 machine"
 FIRST_PID = 100
-PERCPU_UNIT = 2 << 20
 _HLT, _INT3 = 0xF4, 0xCC
 _IRETQ = b"\x48\xcf"
 _UD2 = b"\x0f\x0b"
 # mov rax, -ENOSYS; sysretq: there are no system calls.
 _NO_SYSCALL = bytes.fromhex("48 c7 c0 da ff ff ff 48 0f 07")
-# The kernel's own functions that show up in call traces and as callers of allocations.
-_INTERNAL_FUNCTIONS = ("kernel_clone", "load_module", "pcpu_get_vm_areas")
 
 
 class TaskEnded(Exception):
@@ -76,11 +81,20 @@ class CpuTables:
 
 
 class OnlineCpus:
-    """How many CPUs there are, and which one runs the model."""
+    """How many CPUs there are, and which one runs the model; their nodes share them out evenly, in order."""
 
-    def __init__(self, nr_cpus: int) -> None:
+    def __init__(self, nr_cpus: int, nr_nodes: int = 1) -> None:
         self.online = self.possible = nr_cpus
+        self.nr_nodes = nr_nodes
         self.current = 0
+
+    def cpu_to_node(self, cpu: int) -> int:
+        """Node of a CPU."""
+        return cpu * self.nr_nodes // max(self.possible, self.nr_nodes)
+
+    def numa_node_id(self) -> int:
+        """Node of the current CPU."""
+        return self.cpu_to_node(self.current)
 
 
 class Kernel:
@@ -92,7 +106,7 @@ class Kernel:
 
     def __init__(
         self, memory: Memory, profile: Profile, tlb: TlbFlush, *, levels: int, nr_cpus: int = 1, random: Random | None = None,
-        seed: int = 0, gbpages: bool = True, smep: bool = True, smap: bool = True,
+        seed: int = 0, gbpages: bool = True, smep: bool = True, smap: bool = True, pti: bool = False,
         gp_access: Callable[[PtRegs], tuple[int, int] | None] = lambda regs: None,
     ) -> None:
         self.memory = memory
@@ -101,17 +115,27 @@ class Kernel:
         self.smep, self.smap = smep, smap
         self.formatter = Formatter(self._read_for_format, self.symbolize, hash_key=seed.to_bytes(8, "little"))
         self.log = KernelLog()
+        self._nopage_rs = RatelimitState("warn_alloc", 10, 1)
         self.layout = make_layout(levels, memory_size=memory.size, kaslr=random)
-        floor = setup_kernel_memory(memory, self.layout, profile, self, gbpages=gbpages)
+        self.cpus = OnlineCpus(nr_cpus, len(memory.nodes))
+        floor = setup_kernel_memory(
+            memory, self.layout, profile, self, gbpages=gbpages, pti=pti, nr_cpus=nr_cpus, cpu_to_node=self.cpus.cpu_to_node
+        )
         self.pages, self.init_mm = floor.pages, floor.init_mm
+        self._threads: dict[int, KernelThread] = {}
+        self._interrupt_depth = 0
+        if len(memory.nodes) > 1:
+            self.pages.policy = TaskMempolicy(
+                len(memory.nodes), self.cpus.numa_node_id, self._mempolicy, lambda: self.in_interrupt
+            )
         self.slab = Slab(self.pages, self.layout)
-        self.cpus = OnlineCpus(nr_cpus)
         self._cpu: KernelCpu | None = None
         design = vmap_node.V6_12 if profile.max_vmap_nodes else vmap_node.V6_1
         space = VmapSpace(design, (self.layout.vmalloc_start, self.layout.vmalloc_end), self.cpus, tlb, self, self)
         self.vmalloc = Vmalloc(space, self.init_mm, self.slab, self, self)
         self.vmap = Vmap(self.vmalloc)
         self.vmap_blocks = VmapBlocks(self.vmalloc)
+        self.ioremap = Ioremap(self.vmap, floor.memblock, self._dump_stack)
         self.vmalloc.vmalloc_init()
         self.module_loader = ModuleLoader(self.vmalloc, self.init_mm, tlb)
         self.modules: list[Module] = []
@@ -124,16 +148,24 @@ class Kernel:
         self._warned_once: set[int] = set()
         self._bugs: dict[int, BugEntry] = {}
         self._work: list[Callable[[], None]] = []
-        self._threads: dict[int, KernelThread] = {}
+        self._rcu_callbacks: list[Callable[[], None]] = []
         self._next_pid = FIRST_PID
-        self._interrupt_depth = 0
         self.caller = 0
         self._stub_vectors: dict[int, int] = {}
         self._place_text()
-        self._percpu = [self._alloc_percpu_unit() for _ in range(nr_cpus)]
+        self.percpu = PerCpu(
+            self.vmalloc, floor.percpu, self.cpus.cpu_to_node, self._dump_stack,
+            callers=self._callers("pcpu_create_chunk"), caller=self._callers("pcpu_get_vm_areas")[0],
+        )
+        self._percpu = [self.percpu.per_cpu_offset(cpu) for cpu in range(nr_cpus)]
+        caller = self._callers("irq_init_percpu_irqstack")[0]
+        self.irq_stacks = [map_irq_stack(self.vmap, self.percpu, cpu, caller) for cpu in range(nr_cpus)]
+        self.thread_stacks = ThreadStacks(self.vmalloc, self.percpu, self.call_rcu, self._callers(FORK[profile.name])[0])
         self._areas = cpu_entry_areas(profile.name, nr_cpus, random.randrange if random is not None else None)
         self._gdt_direct: list[int] = []
         self._fill_cpu_entry_areas()
+        if pti:
+            self.init_mm.pti_init(self.layout.kernel_text)
 
     # ---- boot
 
@@ -143,8 +175,8 @@ class Kernel:
         self._place_entry_stubs()
         symbols.add_code("common_interrupt_return", _IRETQ)
         symbols.add_code("entry_SYSCALL_64", _NO_SYSCALL)
-        for name in _INTERNAL_FUNCTIONS:
-            symbols.add_code(name, bytes((_INT3,)) * PAGE_SIZE)
+        for name, caller in CALLERS[self.profile.name].items():
+            symbols.add_code(name, bytes((_INT3,)) * caller.size)
         addresses = [symbols.add_code(name, bytes(16)) for name in ("ret_from_fork_asm", "ret_from_fork", "kthread")]
         for address, code in ret_from_fork_code(*addresses).items():
             self.memory.write(self.layout.pa(address), code.ljust(16, bytes((_INT3,))))
@@ -159,12 +191,10 @@ class Kernel:
         addresses = {name: self.symbols.add_code(name, bytes(code)) for name, code in stubs.items()}
         self._stub_vectors = {addresses[entry.stub] + entry.offset: entry.vector for entry in entries}
 
-    def _alloc_percpu_unit(self) -> int:
-        """The CPU's unit of the first per-CPU chunk, in the direct map (v6.12 mm/percpu.c pcpu_embed_first_chunk)."""
-        pfn = self.pages.alloc_pages(int(GFP_KERNEL | Gfp.ZERO), (PERCPU_UNIT >> PAGE_SHIFT).bit_length() - 1)
-        if pfn is None:
-            raise MemoryError(f"memory size is {self.memory.size:#x}; no room for a per-CPU area of {PERCPU_UNIT:#x} bytes")
-        return self.layout.va(pfn << PAGE_SHIFT)
+    def _callers(self, function: str) -> tuple[int, ...]:
+        """The return addresses in an internal function that calls an allocator."""
+        address = self.symbol(function)
+        return tuple(address + offset for offset in CALLERS[self.profile.name][function].returns)
 
     def _fill_cpu_entry_areas(self) -> None:
         idt_pa = self._boot_pages(PAGE_SIZE)
@@ -246,15 +276,33 @@ class Kernel:
 
     # ---- threads
 
-    def create_thread(self, comm: str, cpu: int = 0) -> KernelThread:
-        """A kernel thread with a stack in the vmalloc region. Raises MemoryError without memory for it."""
-        stack = alloc_thread_stack_node(self.vmalloc, self.symbol("kernel_clone") + 0xC2)
-        if not stack:
+    def create_thread(self, comm: str, cpu: int = 0, node: int = NUMA_NO_NODE, *, runs: bool = True) -> KernelThread:
+        """A kernel thread with a stack in the vmalloc region, preferably on `node`; `runs`: the CPU runs it from now on.
+
+        Raises MemoryError without memory for it.
+        """
+        stack = self.thread_stacks.alloc_thread_stack_node(node)
+        if stack is None:
             raise MemoryError(f"memory size is {self.memory.size:#x}; no room for a thread's stack")
-        thread = KernelThread(self._next_pid, comm, stack, cpu)
+        thread = KernelThread(self._next_pid, comm, stack.addr, cpu, stack)
         self._next_pid += 1
-        self._threads[cpu] = thread
+        if runs:
+            self._threads[cpu] = thread
         return thread
+
+    def exit_thread(self, thread: KernelThread) -> None:
+        """A thread is dead and off its CPU: its stack is given back. Raises ValueError when it has been already."""
+        if thread.stack_vm_area is None:
+            raise ValueError(f"thread {thread.pid} has given its stack back already")
+        if self._threads.get(thread.cpu) is thread:
+            del self._threads[thread.cpu]
+        self.thread_stacks.exit_task_stack_account(thread.stack_vm_area)
+        self.thread_stacks.free_thread_stack(thread.stack_vm_area)
+        thread.stack_vm_area = None
+
+    def _mempolicy(self) -> Mempolicy | None:
+        thread = self._threads.get(self.cpus.current)
+        return None if thread is None else thread.mempolicy
 
     def current_thread(self, cpu: KernelCpu) -> KernelThread:
         """The thread that a CPU runs."""
@@ -336,8 +384,26 @@ class Kernel:
         self._work.append(work)
 
     def _run_work(self) -> None:
-        while self._work:
-            self._work.pop(0)()
+        while self._work or self._rcu_callbacks:
+            if self._work:
+                self._work.pop(0)()
+            else:
+                self._rcu_core()
+
+    def call_rcu(self, callback: Callable[[], None]) -> None:
+        """Run `callback`, as an interrupt does, once every reader of now is done: with one CPU, when its task has returned."""
+        self._rcu_callbacks.append(callback)
+
+    def _rcu_core(self) -> None:
+        callbacks, self._rcu_callbacks = self._rcu_callbacks, []
+        self._interrupt_depth += 1
+        for callback in callbacks:
+            callback()
+        self._interrupt_depth -= 1
+
+    def rcu_barrier(self) -> None:
+        """Let a grace period pass: run what waits for it, and the work that comes of it."""
+        self._run_work()
 
     @property
     def in_interrupt(self) -> bool:
@@ -356,15 +422,28 @@ class Kernel:
 
     def load(self, la: int) -> int:
         """The u64 at `la` as the current CPU reads it."""
+        if self._cpu is None:
+            return self.memory.read_u64(self._mapped(la))
         return int.from_bytes(self.cpu.read(la, 8), "little")
 
     def store(self, la: int, value: int) -> None:
         """Write the u64 at `la` as the current CPU does."""
+        if self._cpu is None:
+            self.memory.write_u64(self._mapped(la), value)
+            return
         self.cpu.write(la, value.to_bytes(8, "little"))
 
+    def _mapped(self, la: int) -> int:
+        pa = self.init_mm.to_pa(la)
+        assert pa is not None, f"boot code accesses {la:#x}, which is not mapped"
+        return pa
+
     def schedule_timeout_uninterruptible(self, ticks: int) -> None:
-        """A __GFP_NOFAIL allocation cannot be met and nobody else runs who could free memory: the machine hangs for good."""
-        raise MemoryError("a __GFP_NOFAIL allocation can never be met: nothing else runs that could free memory")
+        """A __GFP_NOFAIL allocation cannot be met, and the OOM killer finds nobody to kill (v6.12 mm/oom_kill.c out_of_memory)."""
+        self.print_lines(("Out of memory and no killable processes...",))
+        message = "System is deadlocked on memory"
+        self.exceptions.panic(self.cpu, message)
+        raise TaskEnded(Ending(End.PANIC, message))
 
     def warn(self, function: str, text: str = "") -> None:
         """WARN in C function `function`."""
@@ -373,7 +452,7 @@ class Kernel:
 
     def bug(self, function: str, text: str = "") -> None:
         """BUG in C function `function`: the task ends."""
-        raise TaskEnded(self.exceptions.report_bug(self.cpu, find_site(self.profile.name, function)))
+        raise TaskEnded(self.exceptions.report_bug(self.cpu, find_bug_site(self.profile.name, function, text)))
 
     def printk(self, text: str) -> None:
         """A line of the kernel log."""
@@ -385,9 +464,13 @@ class Kernel:
 
     def warn_alloc(self, gfp: int, text: str) -> None:
         """A failed allocation's message, with the stack of the caller."""
-        if self._cpu is None:
+        if self._cpu is None or not self._nopage_rs.allows(self.log):
             return
         self.exceptions.report_alloc(self._cpu, gfp, text)
+
+    def _dump_stack(self) -> None:
+        if self._cpu is not None:
+            self.exceptions.dump_stack(self._cpu)
 
 
 class _NextArgument:

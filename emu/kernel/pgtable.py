@@ -70,6 +70,8 @@ class PageTable:
         self.modified = PgtblMod(0)
         # vm_unmap_aliases(), for whoever changes protections; the owner of the vmap blocks sets it.
         self.unmap_aliases: Callable[[], None] = lambda: None
+        # What may differ in a good table entry: see validate.
+        self.table_ignored = TABLE_IGNORED
         self._u64 = memory.u64
         self._mask = 0
 
@@ -169,18 +171,9 @@ class PageTable:
                 if entry and not self._u64[(pgd >> 3) + i]:
                     self._u64[(pgd >> 3) + i] = entry
 
-    def vmalloc_fault(self, pgd: int, la: int) -> bool:
-        """Before v5.8: copy the top-level entry for `la` into another PGD; whether `la` is mapped now.
-
-        False makes the fault a real one: nothing is mapped there in init_mm either (v5.4 arch/x86/mm/fault.c).
-        """
-        i = la >> (9 * self.levels + 3) & 511
-        entry = self._u64[(self.pgd >> 3) + i]
-        if not entry:
-            return False
-        if not self._u64[(pgd >> 3) + i]:
-            self._u64[(pgd >> 3) + i] = entry
-        return self.lookup(la).present
+    def set_pgd(self, entry_pa: int, entry: int) -> None:
+        """Store a top-level entry that was not present, into this PGD or another mm's: no flush is owed."""
+        self._u64[entry_pa >> 3] = entry
 
     # Mapping
 
@@ -204,11 +197,11 @@ class PageTable:
 
     def _vmap_small_pages_range(self, addr: int, end: int, prot: int, pfns: Pfns) -> int:
         count = (end - addr) >> PAGE_SHIFT
-        if len(pfns) < count:
-            raise ValueError(f"{len(pfns)} frames for {count} pages")
         invalid = -1
         if count and not (int(pfns[:count].min()) >= 0 and int(pfns[:count].max()) < self.pages.max_pfn):
             invalid = int(np.flatnonzero((pfns < 0) | (pfns >= self.pages.max_pfn))[0])
+        elif len(pfns) < count:
+            raise ValueError(f"{len(pfns)} frames for {count} pages")
         entries = (pfns[:count].astype(np.uint64) << np.uint64(PAGE_SHIFT)) | np.uint64(prot)
         done = 0
         while done < count:
@@ -229,7 +222,9 @@ class PageTable:
             target[:stop] = entries[done : done + stop]
             self._mask |= _MODIFIED[1]
             if stop < take:
-                self.report.warn("vmap_small_pages_range_noflush")
+                at = done + stop
+                which = ":busy" if at != invalid else "" if pfns[at] == -1 else ":pfn"
+                self.report.warn("vmap_small_pages_range_noflush" + which)
                 return -errno.ENOMEM
             done += take
             addr += take << PAGE_SHIFT
@@ -437,8 +432,8 @@ class PageTable:
                 if not entry & PRESENT or entry & PSE or level == 1:
                     continue
                 child = entry & _TABLE_ADDR
-                flags = entry & PGPROT_MASK & ~TABLE_IGNORED
-                assert flags == KERNPG_TABLE & ~TABLE_IGNORED, f"table entry {entry:#x} has the flags of a table"
+                flags = entry & PGPROT_MASK & ~self.table_ignored
+                assert flags == KERNPG_TABLE & ~self.table_ignored, f"table entry {entry:#x} has the flags of a table"
                 assert child + PAGE_SIZE <= self.memory.size, f"table entry {entry:#x} names RAM"
                 assert child not in seen, f"table {child:#x} has one parent"
                 seen.add(child)

@@ -166,7 +166,7 @@ class VmAreas:
         self.prots = mm.prots
         self.debug_pagealloc = False
         self._sharded = space.design.sharded
-        self._vm_struct_size = SIZEOF_VM_STRUCT[mm.profile.version]
+        self.vm_struct_size = SIZEOF_VM_STRUCT[mm.profile.version]
         self._nr_nodes = len(mm.memory.nodes)
         self._warned: set[str] = set()
         self._vmlist: list[VmStruct] = []
@@ -235,7 +235,7 @@ class VmAreas:
             return None
         if flags & VM_IOREMAP:
             align = 1 << min(max((size - 1).bit_length(), PAGE_SHIFT), IOREMAP_MAX_ORDER)
-        la = self.slab.kmalloc(self._vm_struct_size, gfp, self.slab_node(node))
+        la = self.slab.kmalloc(self.vm_struct_size, gfp, self.slab_node(node))
         if not la:
             return None
         if not flags & VM_NO_GUARD:

@@ -14,7 +14,7 @@ import numpy as np
 
 from emu.kernel.gfp import GFP_KERNEL, GFP_RECLAIM, Gfp
 from emu.kernel.init_64 import InitMm
-from emu.kernel.layout import PMD_SHIFT, PMD_SIZE
+from emu.kernel.layout import PMD_SHIFT, PMD_SIZE, PTRS_PER_TABLE, SIZEOF_STRUCT_PAGE
 from emu.kernel.page_alloc import NUMA_NO_NODE, Pfns
 from emu.kernel.purge import VmapSpace
 from emu.kernel.set_memory import set_direct_map_default, set_direct_map_invalid
@@ -168,6 +168,7 @@ class Vmalloc(VmAreas):
         page_gfp = (gfp & ~_NOFAIL if order else gfp) | _NOWARN
         pages = area.pages = self._vm_area_alloc_pages(page_gfp, node, order, nr_small_pages)
         area.nr_pages = len(pages)
+        self._store_page_array(area, pages)
         self.nr_vmalloc_pages += area.nr_pages
         if area.nr_pages != nr_small_pages:
             # A lack of large pages or a dying task is no news: the former falls back, the latter is expected.
@@ -216,6 +217,24 @@ class Vmalloc(VmAreas):
             chunks.append(np.arange(pfn, pfn + (1 << order), dtype=np.int64))
             nr_allocated += 1 << order
         return chunks[0] if len(chunks) == 1 else np.concatenate(chunks or [np.empty(0, dtype=np.int64)])
+
+    def _store_page_array(self, area: VmStruct, pages: Pfns) -> None:
+        """Write vm->pages, the array of struct page pointers, where it stands: one kmalloc object or a nested area."""
+        vmemmap = self.layout.vmemmap_start
+        memory = self.memory
+        nested = self.find_vm_area(area.pages_la) if self.is_vmalloc_addr(area.pages_la) else None
+        if nested is None:
+            pa = self.layout.pa(area.pages_la)
+            if len(pages) == 1:
+                memory.write_u64(pa, vmemmap + int(pages[0]) * SIZEOF_STRUCT_PAGE)
+                return
+            memory.view_u64(pa, len(pages))[:] = pages.astype(np.uint64) * np.uint64(SIZEOF_STRUCT_PAGE) + np.uint64(vmemmap)
+            return
+        pointers = pages.astype(np.uint64) * np.uint64(SIZEOF_STRUCT_PAGE) + np.uint64(vmemmap)
+        assert nested.pages is not None, f"{nested!r} holds a page array and has no pages"
+        for first, pfn in zip(range(0, len(pointers), PTRS_PER_TABLE), nested.pages.tolist(), strict=False):
+            part = pointers[first : first + PTRS_PER_TABLE]
+            memory.view_u64(pfn << PAGE_SHIFT, len(part))[:] = part
 
     def _warn_alloc(self, gfp: int, text: str) -> None:
         if not gfp & _NOWARN:
@@ -316,13 +335,15 @@ class Vmalloc(VmAreas):
         return new
 
     def _pieces(self, la: int, size: int) -> list[tuple[int, int]]:
-        """The physical (address, length) pieces behind mapped [la, la + size), within pages."""
+        """The physical (address, length) pieces behind [la, la + size), within pages. Raises PageFault where nothing is mapped."""
         pieces = []
         while size > 0:
             length = min(size, PAGE_SIZE - la % PAGE_SIZE)
             pa = self.mm.to_pa(la)
-            assert pa is not None, f"{la:#x} is in an allocated area but not mapped"
-            pieces.append((pa, length))
+            if pa is None:
+                self.context.load(la & -SIZEOF_POINTER)
+            else:
+                pieces.append((pa, length))
             la += length
             size -= length
         return pieces

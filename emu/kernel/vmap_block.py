@@ -51,6 +51,15 @@ def get_order(size: int) -> int:
     return ((size - 1 & ULONG_MAX) >> PAGE_SHIFT).bit_length()
 
 
+def _bad_address(la: int, start: int, end: int) -> str:
+    """Which of vm_unmap_ram's conditions an address breaks first."""
+    if not la:
+        return "!addr"
+    if la < start:
+        return "addr < VMALLOC_START"
+    return "addr > VMALLOC_END" if la > end else "!PAGE_ALIGNED(addr)"
+
+
 class VmapBlocks:
     """The blocks of all CPUs, and the areas that vm_map_ram takes beyond 64 pages."""
 
@@ -141,7 +150,7 @@ class VmapBlocks:
         vmalloc = self.vmalloc
         layout = vmalloc.layout
         if not layout.vmalloc_start <= la <= layout.vmalloc_end or la % PAGE_SIZE:
-            vmalloc.report.bug("vm_unmap_ram")
+            vmalloc.report.bug("vm_unmap_ram", _bad_address(la, layout.vmalloc_start, layout.vmalloc_end))
             return
         if count <= VMAP_MAX_ALLOC:
             self._vb_free(la, count << PAGE_SHIFT)

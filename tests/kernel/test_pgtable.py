@@ -165,7 +165,7 @@ def test_an_occupied_entry_warns_and_fails_with_enomem_keeping_the_prefix():
     pfns = floor.pages.alloc_pages_bulk(GFP_KERNEL, 0, 8)
     assert floor.mm.vmap_pages_range_noflush(la + 0x5000, la + 0x6000, floor.mm.prots.kernel, pfns[:1]) == 0
     assert floor.mm.vmap_pages_range_noflush(la, la + 0x8000, floor.mm.prots.kernel, pfns) == -errno.ENOMEM
-    assert floor.report.warnings == ["vmap_small_pages_range_noflush"]
+    assert floor.report.warnings == ["vmap_small_pages_range_noflush:busy"]
     assert [la_ - la for la_, _, _ in floor.mm.leaves(la, la + 0x8000)] == [i << 12 for i in range(6)]
 
 
