@@ -378,10 +378,13 @@ def test_code_that_the_machine_writes_is_translated_again(native_cpu: pytest.Mon
         cpu.run_code(b"\xb0" + bytes((value,)) + b"\xf4")
         assert cpu.reg("rax") & 0xFF == value
         cpu.vector_of(b"\xb0" + bytes((value,)) + b"\x0f\x0b", 3, at=USER_CODE)
-        # In the second page of a block, too.
+
+
+def test_code_that_the_machine_writes_behind_a_page_boundary_is_translated_again(native_cpu: pytest.MonkeyPatch) -> None:
+    cpu = BareCpu()
+    cpu.memory.write(KERNEL + 0x7FFF, b"\xb8")
+    for value in range(1, 5):
         cpu.memory.write(KERNEL + 0x8000, bytes((value, 0, 0, 0, 0xF4)))
-        if value == 1:
-            cpu.memory.write(KERNEL + 0x7FFF, b"\xb8")
         cpu.rip = KERNEL + 0x7FFF
         assert isinstance(cpu.go_on(), Halted)
         assert cpu.reg("rax") == value
