@@ -126,7 +126,8 @@ class Memory:
 
     def read_u64(self, pa: int) -> int:
         """The u64 at `pa`. Raises BusError, ValueError when unaligned."""
-        self._check(pa, 8)
+        if self.mmio or pa < 0 or pa + 8 > self.size:
+            self._check(pa, 8)
         if pa & 7:
             raise ValueError(f"physical address {pa:#x} is not aligned to 8 bytes")
         return self.u64[pa >> 3]
@@ -140,12 +141,14 @@ class Memory:
 
     def read(self, pa: int, size: int) -> bytes:
         """`size` bytes at `pa`. Raises BusError."""
-        self._check(pa, size)
-        return bytes(self._bytes[pa : pa + size])
+        if self.mmio or pa < 0 or size < 0 or pa + size > self.size:
+            self._check(pa, size)
+        return self._map[pa : pa + size]
 
     def write(self, pa: int, data: bytes | bytearray | memoryview) -> None:
         """Store bytes at `pa`. Raises BusError."""
-        self._check_write(pa, len(data))
+        if self.mmio or pa >> PAGE_SHIFT in self.code_frames or pa < 0 or pa + len(data) > min(self.size, (pa | PAGE_SIZE - 1) + 1):
+            self._check_write(pa, len(data))
         self._bytes[pa : pa + len(data)] = data
 
     def fill(self, pa: int, size: int, byte: int = 0) -> None:

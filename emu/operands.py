@@ -17,7 +17,6 @@ What a real CPU does, measured in user mode (tests/test_cr2_hardware.py):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from emu.decode import MASK64, Instruction, Operand, Undecodable, decode
@@ -42,8 +41,7 @@ _FETCH: Final = 18
 _WRITE: Final = 17
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryAccess:
+class MemoryAccess(NamedTuple):
     """`size` bytes at linear address `la`, which may wrap around 2^64 and cross pages.
 
     read and write both set: read-modify-write, checked as a write. `implicit`: a supervisor access at any CPL (SDM
@@ -78,10 +76,10 @@ def accesses(instruction: Instruction, rip: int, reg: Callable[[str], int]) -> t
     """
     if instruction.repeat_mask and not reg("rcx") & instruction.repeat_mask:
         return ()
-    return tuple(
+    return tuple([
         MemoryAccess(_address(op, rip, reg), op.size, op.read, op.write, op.implicit, op.stack, op.probes)
         for op in instruction.operands
-    )
+    ])
 
 
 def _address(operand: Operand, rip: int, reg: Callable[[str], int]) -> int:
@@ -120,6 +118,9 @@ def checks(memory_accesses: Sequence[MemoryAccess]) -> Iterator[MemoryAccess]:
     An access with `probes` comes in pieces that overlap; `size` of a piece is what lies in that page.
     """
     for access in memory_accesses:
+        if not access.probes and 0 < access.size <= PAGE_SIZE - access.la % PAGE_SIZE:
+            yield access
+            continue
         for offset, size in access.probes:
             yield from _pages(access, (access.la + offset) & MASK64, size)
         yield from _pages(access, access.la, access.size)

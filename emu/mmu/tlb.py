@@ -83,10 +83,12 @@ class Context:
 
     def drop_page(self, la: int) -> bool:
         """Forget the pages of every size that hold `la`; tell whether there was one."""
-        dropped = False
-        for level, pages in self.pages.items():
-            if pages.pop(la >> (9 * level + 3), None) is not None:
-                dropped = True
+        pages = self.pages
+        dropped = pages[1].pop(la >> 12, None) is not None
+        if pages[2] and pages[2].pop(la >> 21, None) is not None:
+            dropped = True
+        if pages[3] and pages[3].pop(la >> 30, None) is not None:
+            dropped = True
         return dropped
 
     def drop_path(self, la: int) -> None:

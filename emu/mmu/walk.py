@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from emu.memory import BusError, Memory
 from emu.mmu.entry import (
+    ABOVE_MAXPHYADDR,
     ENTRY_BITS,
     PHYSICAL_MASK,
     PKEY_SHIFT,
@@ -31,6 +32,7 @@ from emu.mmu.entry import (
 )
 from emu.mmu.fault import Access, NonCanonical, PageFault, PfError
 
+_NO_RIGHTS = ~RIGHTS & ENTRY_BITS
 _READ = int(Access.READ)
 _WRITE = int(Access.WRITE)
 _FETCH = int(Access.FETCH)
@@ -83,7 +85,7 @@ def combine(rights: int, entry: int) -> int:
     A rights mask has every bit set except the rights that an entry took away; in it bit 63 means *execute permitted*,
     so that rights accumulate by AND. The packed form of a leaf is (entry ^ XD) & rights.
     """
-    return rights & ((entry ^ XD) | ~RIGHTS & ENTRY_BITS)
+    return rights & ((entry ^ XD) | _NO_RIGHTS)
 
 
 def error_bits(regs: PagingRegisters, access: int, user: bool) -> int:
@@ -150,19 +152,23 @@ def descend(
     """
     level, table, rights = start
     u64 = memory.u64
+    in_ram = 0 if memory.mmio else memory.size
+    # A faulting access walks from the top each time, so calls are spelled out here: 0.4 us a level instead of 1.2. An entry
+    # with none of these bits is a table's.
+    unusual = ABOVE_MAXPHYADDR | PS if regs.nxe else ABOVE_MAXPHYADDR | PS | XD
     while True:
-        entry_pa = table + 8 * index(la, level)
-        entry = memory.read_u64(entry_pa)
+        entry_pa = table + 8 * (la >> (9 * level + 3) & 511)
+        entry = u64[entry_pa >> 3] if entry_pa < in_ram else memory.read_u64(entry_pa)
         if not entry & P:
             raise PageFault(la, error_bits(regs, access, user), level, entry)
-        if entry & reserved_bits(level, entry, regs):
+        if entry & unusual and entry & reserved_bits(level, entry, regs):
             raise PageFault(la, error_bits(regs, access, user) | _E_P | _E_RSVD, level, entry)
-        if is_leaf(level, entry):
+        if level == 1 or (entry & PS and is_leaf(level, entry)):
             break
         if set_ad and not entry & A:
             entry |= A
             u64[entry_pa >> 3] = entry
-        rights = combine(rights, entry)
+        rights &= (entry ^ XD) | _NO_RIGHTS
         steps.append((level, entry_pa, entry, rights))
         table = entry & PHYSICAL_MASK
         level -= 1
