@@ -16,8 +16,8 @@ from emu.kernel import fault, traps
 from emu.kernel.gfp import gfp_text
 from emu.kernel.interrupts import ENOSYS, EarlyException, Interrupts, Syscall
 from emu.kernel.kernel_cpu import KernelCpu
-from emu.kernel.layout import PAGE_SHIFT
 from emu.kernel.oops import Controls, DieContext, OopsReport, OopsSource, dump_stack, panic
+from emu.kernel.percpu_first_chunk import IRQ_STACK_SIZE
 from emu.kernel.ptrace import PT_REGS_IP, X86_EFLAGS_IF, PtRegs, pack_pt_regs, read_pt_regs
 from emu.kernel.unwind import StackInfo, Stacks, StackSection, StackType, Unwinder
 from emu.kernel.warn_sites import Site
@@ -128,7 +128,7 @@ class ExceptionEntry:
             version=kernel.profile.name, levels=kernel.layout.levels, task=kernel.oops_task(cpu), stacks=self._stacks(cpu),
             entries=kernel.entries(cpu.reg("cr3"), address), init_entries=kernel.entries(kernel.init_mm.pgd, address),
             is_vmalloc_addr=kernel.layout.is_vmalloc_addr, smap=kernel.smap, smep=kernel.smep,
-            vmalloc_fault=lambda la: kernel.init_mm.vmalloc_fault(cpu.reg("cr3") & -(1 << PAGE_SHIFT), la),
+            vmalloc_fault=lambda la: self._vmalloc_fault(cpu.reg("cr3"), la),
         )
         outcome = fault.handle_page_fault(facts, regs, error, address)
         report = fault.report(source, kernel.oops_state, outcome, regs)
@@ -140,6 +140,14 @@ class ExceptionEntry:
             case fault.FaultSignal(signal=signal):
                 return Ending(End.SIGNAL, f"signal {signal.signal}")
         return self._end(report)
+
+    def _vmalloc_fault(self, cr3: int, la: int) -> bool:
+        kernel = self.kernel
+        region = range(kernel.layout.vmalloc_start, kernel.layout.vmalloc_end)
+        found = fault.vmalloc_fault(kernel.memory.read_u64, cr3, kernel.init_mm.pgd, la, kernel.layout.levels, region)
+        if found.store is not None:
+            kernel.init_mm.set_pgd(*found.store)
+        return found.handled
 
     def _resume(self, cpu: KernelCpu, regs: PtRegs, ip: int, frame_la: int) -> None:
         """Go back by the IRETQ of the common exit."""
@@ -198,11 +206,17 @@ class ExceptionEntry:
         thread = self.kernel.current_thread(cpu)
 
         def saved_rsp(end: int) -> int:
-            word = self._peek(cpu, end - 2 * _WORD, _WORD)
-            return 0 if word is None else int.from_bytes(word, "little")
+            return self._word(cpu, end - 2 * _WORD)
 
         task = StackInfo(StackType.TASK, thread.stack, thread.stack_end)
-        return Stacks((task, *self.kernel.cpu_entry_area(cpu.id).stack_infos(saved_rsp)))
+        irq_end = self.kernel.irq_stacks[cpu.id] + IRQ_STACK_SIZE
+        irq = StackInfo(StackType.IRQ, irq_end - IRQ_STACK_SIZE, irq_end, self._word(cpu, irq_end - _WORD))
+        *exceptions, entry = self.kernel.cpu_entry_area(cpu.id).stack_infos(saved_rsp)
+        return Stacks((task, *exceptions, irq, entry))
+
+    def _word(self, cpu: KernelCpu, la: int) -> int:
+        data = self._peek(cpu, la, _WORD)
+        return 0 if data is None else int.from_bytes(data, "little")
 
     def _source(self, cpu: KernelCpu) -> OopsSource:
         kernel = self.kernel

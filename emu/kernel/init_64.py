@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from emu.kernel.gfp import GFP_PGTABLE_KERNEL
 from emu.kernel.layout import (
     ESPFIX_BASE_ADDR,
     KERNEL_DATA_SIZE,
@@ -25,6 +26,7 @@ from emu.kernel.layout import (
     KERNEL_TEXT_SIZE,
     MODULES_VADDR,
     PAGE_SHIFT,
+    PAGE_SIZE,
     PAGES_PER_SECTION,
     PMD_SHIFT,
     PMD_SIZE,
@@ -36,11 +38,12 @@ from emu.kernel.layout import (
 from emu.kernel.memblock import Memblock
 from emu.kernel.page_alloc import PageAllocator
 from emu.kernel.percpu_first_chunk import PcpuAllocInfo, pcpu_embed_first_chunk
-from emu.kernel.pgprot import KERNPG_TABLE, PAGE_TABLE, large_prot, make_pgprots
+from emu.kernel.pgprot import GLOBAL, KERNPG_TABLE, PAGE_TABLE, large_prot, make_pgprots
 from emu.kernel.pgtable import PageTable
 from emu.kernel.profile import Profile
 from emu.kernel.set_memory import change_page_attr
 from emu.memory import Memory
+from emu.mmu.entry import PHYSICAL_MASK
 
 if TYPE_CHECKING:
     from emu.kernel.vmap_area import Report
@@ -49,14 +52,16 @@ SECTION_SIZE = PAGES_PER_SECTION << PAGE_SHIFT
 SECTION_MEMMAP_SIZE = PAGES_PER_SECTION * SIZEOF_STRUCT_PAGE
 FIRST_MIB = 1 << 20
 
-# Offsets of the static tables in the image's data.
+# Offsets of the static tables in the image's data. The page behind init_top_pgt is its user PGD with page-table isolation.
 INIT_TOP_PGT = 0x0000
-LEVEL4_KERNEL_PGT = 0x1000
-LEVEL3_KERNEL_PGT = 0x2000
-LEVEL2_KERNEL_PGT = 0x3000
-LEVEL2_FIXMAP_PGT = 0x4000
-ESPFIX_PUD_PAGE = 0x5000
-STATIC_TABLES_SIZE = 0x6000
+LEVEL4_KERNEL_PGT = 0x2000
+LEVEL3_KERNEL_PGT = 0x3000
+LEVEL2_KERNEL_PGT = 0x4000
+LEVEL2_FIXMAP_PGT = 0x5000
+ESPFIX_PUD_PAGE = 0x6000
+STATIC_TABLES_SIZE = 0x7000
+# kernel_to_user_pgdp: bit 12 of a PGD's address chooses between the two (v6.12 arch/x86/include/asm/pgtable.h).
+PTI_USER_PGD = PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ class InitMm(PageTable):
         self.layout = layout
         self.profile = profile
         self.prots = make_pgprots(profile, pti=pti)
+        self.pti = pti
         self.sync_pgds = profile.preallocated_vmalloc
 
     def build(self, vmemmap: tuple[Vmemmap, ...]) -> None:
@@ -148,6 +154,47 @@ class InitMm(PageTable):
         prots = make_pgprots(self.profile)
         if isinstance(self.set_pte(la, pa | (prots.kernel if writable else prots.kernel_ro)), int):
             raise MemoryError("RAM is too small for the CPU entry areas' page tables")
+
+    def pti_init(self, entry_text: int) -> None:
+        """Give user mode's page tables what entering the kernel needs: CPU entry areas, espfix, and the leaf of the entry text.
+
+        The leaf becomes global, in both tables, as it is the same in every address space. Raises MemoryError without memory.
+        Source: v6.12 arch/x86/mm/pti.c pti_clone_user_shared, pti_setup_espfix64, pti_clone_entry_text.
+        """
+        for la in (self.layout.cpu_entry_area, ESPFIX_BASE_ADDR):
+            self._pti_clone(la, 4)
+        found = self.lookup(entry_text)
+        self.write_entry(found.entry_pa, found.entry | GLOBAL, entry_text, found.size).defer()
+        self._pti_clone(entry_text, found.level)
+
+    def _pti_clone(self, la: int, level: int) -> None:
+        """Copy init_mm's entry of `level` for `la` into the user tables, making the tables above it as _KERNPG_TABLE."""
+        source = target = 0
+        kernel, user = self.pgd, self.pgd + PTI_USER_PGD
+        for at in range(self.levels, level - 1, -1):
+            offset = (la >> (9 * at + 3) & 511) << 3
+            source, target = kernel + offset, user + offset
+            if at == level:
+                break
+            kernel = self.memory.read_u64(source) & PHYSICAL_MASK
+            if not self.memory.read_u64(target):
+                pfn = self.pages.alloc_pages(int(GFP_PGTABLE_KERNEL))
+                if pfn is None:
+                    raise MemoryError("RAM is too small for the page tables of user mode")
+                self.set_pgd(target, pfn << PAGE_SHIFT | KERNPG_TABLE)
+            user = self.memory.read_u64(target) & PHYSICAL_MASK
+        self.set_pgd(target, self.memory.read_u64(source))
+
+    def vmalloc_sync_mappings(self) -> None:
+        """Before v5.8: give every mm all top-level entries of the vmalloc region at once, so that no access to it faults.
+
+        Linux does it where a fault could not be handled, such as before an NMI handler is registered.
+        """
+        self.sync(self.layout.vmalloc_start, self.layout.vmalloc_end + 1)
+
+    def vmalloc_sync_unmappings(self) -> None:
+        """Before v5.8, ahead of every purge: the same, as x86-64 never takes a top-level entry away."""
+        self.vmalloc_sync_mappings()
 
     def preallocate_vmalloc_pages(self) -> None:
         """Populate every top-level entry of the vmalloc region, so that no mm's PGD ever lacks one.

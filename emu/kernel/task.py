@@ -1,7 +1,7 @@
-"""Kernel threads: stacks in the vmalloc region, and the code that a new thread starts in.
+"""Kernel threads: who they are, and the code that a new thread starts in.
 
-Source: v6.12 kernel/fork.c alloc_thread_stack_node, arch/x86/kernel/process.c ret_from_fork, arch/x86/entry/entry_64.S
-ret_from_fork_asm, kernel/kthread.c kthread.
+Source: v6.12 arch/x86/kernel/process.c ret_from_fork, arch/x86/entry/entry_64.S ret_from_fork_asm, kernel/kthread.c kthread;
+kernel/fork.c for their stacks, which come from emu/kernel/thread_stack.py.
 """
 
 from __future__ import annotations
@@ -9,27 +9,29 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from emu.kernel.gfp import GFP_KERNEL, Gfp
-from emu.kernel.layout import PAGE_SIZE
-from emu.kernel.page_alloc import NUMA_NO_NODE
-from emu.kernel.vmalloc import Vmalloc
+from emu.kernel.mempolicy import Mempolicy
+from emu.kernel.thread_stack import THREAD_SIZE
+from emu.kernel.vm_struct import VmStruct
 
-THREAD_SIZE = 4 * PAGE_SIZE
 TASK_COMM_LEN = 16
 # A frame that looks like the saved registers of a thread that never was in user mode lies on top of each stack.
 TOP_OF_KERNEL_STACK_PADDING = 0
 PT_REGS_SIZE = 168
-THREADINFO_GFP = int(GFP_KERNEL | Gfp.ZERO)
 
 
 @dataclass(slots=True)
 class KernelThread:
-    """A thread: its number, name, stack [stack, stack + THREAD_SIZE) and the CPU it runs on."""
+    """A thread: its number, name, stack [stack, stack + THREAD_SIZE) and the CPU it runs on.
+
+    `stack_vm_area` is the stack's area, None once a dead thread has given it back. `mempolicy` None: the default policy.
+    """
 
     pid: int
     comm: str
     stack: int
     cpu: int = 0
+    stack_vm_area: VmStruct | None = None
+    mempolicy: Mempolicy | None = None
 
     @property
     def stack_end(self) -> int:
@@ -40,14 +42,6 @@ class KernelThread:
 def comm_of(name: str) -> str:
     """A task's name as the kernel keeps it: 15 bytes and a NUL."""
     return name.encode("ascii", "replace").decode()[: TASK_COMM_LEN - 1]
-
-
-def alloc_thread_stack_node(vmalloc: Vmalloc, caller: int, node: int = NUMA_NO_NODE) -> int:
-    """A zeroed stack of THREAD_SIZE, aligned to its size, with a guard page behind it; 0 without memory."""
-    return vmalloc.vmalloc_node_range(
-        THREAD_SIZE, THREAD_SIZE, vmalloc.layout.vmalloc_start, vmalloc.layout.vmalloc_end, THREADINFO_GFP,
-        vmalloc.prots.kernel, 0, node, caller,
-    )
 
 
 def initial_rsp(thread: KernelThread) -> int:

@@ -6,7 +6,6 @@ from kernel_floor import flags_of, make_floor
 
 from emu.kernel.gfp import GFP_KERNEL
 from emu.kernel.mm import PAGE_READONLY, PAGE_SHARED, Mm
-from emu.kernel.profile import V5_4
 
 
 @pytest.mark.parametrize("levels", [4, 5])
@@ -28,18 +27,6 @@ def test_a_new_top_level_entry_is_carried_to_every_mm(levels):
     la = floor.layout.vmemmap_start + floor.layout.pgdir_size
     assert not floor.mm.vmap_range_noflush(la, la + 4096, 0, 0x163, 12)
     assert mm.to_pa(la) == 0
-
-
-def test_before_5_8_a_vmalloc_fault_copies_the_top_level_entry():
-    floor = make_floor(profile=V5_4)
-    mm = Mm(floor.mm)
-    la = floor.layout.vmalloc_start
-    assert not floor.mm.vmalloc_fault(mm.pgd, la)
-    assert not floor.mm.vmap_range_noflush(la, la + 4096, 0x5000, 0x163, 12)
-    assert mm.to_pa(la) is None
-    assert floor.mm.vmalloc_fault(mm.pgd, la)
-    assert mm.to_pa(la) == 0x5000
-    assert not floor.mm.vmalloc_fault(mm.pgd, la + 4096), "nothing is mapped there: a real fault"
 
 
 def test_user_pages_are_private_zeroed_and_user_accessible_at_every_level():
