@@ -445,6 +445,10 @@ class Kernel:
         self.exceptions.panic(self.cpu, message)
         raise TaskEnded(Ending(End.PANIC, message))
 
+    def cond_resched(self) -> None:
+        """Let the waiting work run."""
+        self._run_work()
+
     def warn(self, function: str, text: str = "") -> None:
         """WARN in C function `function`."""
         if self._cpu is not None:

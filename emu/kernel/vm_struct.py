@@ -75,6 +75,9 @@ class Context(Protocol):
     def schedule_timeout_uninterruptible(self, ticks: int) -> None:
         """Let others run before a __GFP_NOFAIL allocation is tried again."""
 
+    def cond_resched(self) -> None:
+        """Let a worker run that waits for this CPU."""
+
 
 class KernelReport(Report, Protocol):
     """Report, and the message of a failed allocation."""

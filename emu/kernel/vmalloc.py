@@ -379,6 +379,8 @@ class Vmalloc(VmAreas):
             self._vm_reset_perms(vm)
         if vm.pages is not None:
             self._free_page_references(vm.pages)
+            # A drain that this free has queued runs here, before the array below becomes lazy.
+            self.context.cond_resched()
         if not vm.flags & VM_MAP_PUT_PAGES:
             self.nr_vmalloc_pages -= vm.nr_pages
         if vm.pages_la:

@@ -76,6 +76,8 @@ class Task(Machine):
     bugs: list[str] = field(default_factory=list)
     warn_allocs: list[tuple[int, str]] = field(default_factory=list)
     timeouts: int = 0
+    # Whether workers get the CPU where a task offers it.
+    yields: bool = False
     mm: InitMm | None = None
 
     def bug(self, function: str, text: str = "") -> None:
@@ -98,6 +100,10 @@ class Task(Machine):
 
     def schedule_timeout_uninterruptible(self, ticks: int) -> None:
         self.timeouts += ticks
+
+    def cond_resched(self) -> None:
+        if self.yields:
+            self.run_work()
 
 
 @dataclass
