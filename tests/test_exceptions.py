@@ -358,8 +358,8 @@ def test_a_gdt_in_a_user_page_cannot_be_read_under_smap() -> None:
 
 
 def test_an_nmi_blocks_further_ones_until_iret_and_one_is_remembered(cpu: BareCpu) -> None:
-    taken: list[int] = []
-    cpu.on_delivery = lambda exception: taken.append(exception.vector)
+    taken: list[tuple[int, int]] = []
+    cpu.on_delivery = lambda exception: taken.append((exception.vector, cpu.rip))
     cpu.raise_nmi()
     assert enter(cpu, "nop; ud2").vector == Vector.NMI
     cpu.raise_nmi()
@@ -371,7 +371,7 @@ def test_an_nmi_blocks_further_ones_until_iret_and_one_is_remembered(cpu: BareCp
     entered = cpu.go_on()
     assert isinstance(entered, Entered)
     assert (entered.vector, entered.rip, cpu.reg("rbx")) == (Vector.UD, CODE + 1, 1)
-    assert taken == [Vector.NMI, Vector.NMI, Vector.UD]
+    assert taken == [(Vector.NMI, CODE), (Vector.NMI, CODE), (Vector.UD, CODE + 1)]  # the second behind IRETQ
 
 
 def test_int_2_does_not_block_nmis(cpu: BareCpu) -> None:

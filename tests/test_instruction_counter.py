@@ -26,9 +26,10 @@ def executed(cpu: BareCpu) -> int:
 
 
 def test_a_limited_run_counts_every_instruction(counted: str) -> None:
-    cpu = BareCpu(limit=10_000)
-    assert isinstance(cpu.run_code(LOOP, rcx=1000), Halted)
-    assert executed(cpu) == 3001
+    for limit in (3001, 10_000):
+        cpu = BareCpu(limit=limit)
+        assert isinstance(cpu.run_code(LOOP, rcx=1000), Halted)
+        assert executed(cpu) == 3001
 
 
 def test_the_limit_stops_before_the_first_instruction_past_it(counted: str) -> None:
