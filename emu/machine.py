@@ -295,13 +295,15 @@ class Machine:
                 kernel.printk(f"vmemu: triple fault, CPU 0 stops: {fault}")
                 return "triple fault", None
             except BusError as error:
-                kernel.printk(f"vmemu: CPU 0 stops at RIP {cpu.rip:#x}: {error}")
-                return "bus error", None
+                return self._bus_error(error)
             match stop:
                 case KernelEntry(la=la):
                     if la == kernel.kthread_exit:
                         return "returned", cpu.reg("rax")
-                    ending = self._enter_kernel(la)
+                    try:
+                        ending = self._enter_kernel(la)
+                    except BusError as error:
+                        return self._bus_error(error)
                     if ending is not None:
                         return _ended(ending), None
                 case Halted(rip=rip, interrupts=interrupts):
@@ -313,6 +315,10 @@ class Machine:
                     return "limit", None
                 case Interrupted():
                     raise WatchdogExpired
+
+    def _bus_error(self, error: BusError) -> tuple[str, int | None]:
+        self.kernel.printk(f"vmemu: CPU 0 stops at RIP {self.cpu.rip:#x}: {error}")
+        return "bus error", None
 
     def _enter_kernel(self, la: int) -> Ending | None:
         """Let the kernel model handle an HLT in its text; its own faults are exceptions at the stub."""

@@ -52,19 +52,24 @@ class GuestExports:
         """
         symbols = self.kernel.symbols
 
+        symbol = self.kernel.profile.symbol(name) if noprof else name
+        address = symbols.register(symbol, self.guarded(function), arguments, varargs=varargs, gpl=gpl)
+        if symbol != name:
+            symbols.add_alias(name, symbol)
+            symbols.exports[address] = dataclasses.replace(symbols.exports[address], name=name)
+
+    def guarded(self, function: KernelFunction) -> KernelFunction:
+        """`function`, ending as bad_object says where it frees what is no object."""
+
         @functools.wraps(function)
-        def guarded(*arguments: object) -> int | None:
+        def call(*arguments: object) -> int | None:
             try:
                 return function(*arguments)
             except SlabError as error:
                 self.bad_object(error)
                 return 0
 
-        symbol = self.kernel.profile.symbol(name) if noprof else name
-        address = symbols.register(symbol, guarded, arguments, varargs=varargs, gpl=gpl)
-        if symbol != name:
-            symbols.add_alias(name, symbol)
-            symbols.exports[address] = dataclasses.replace(symbols.exports[address], name=name)
+        return call
 
     def bad_object(self, error: SlabError) -> None:
         """kfree() and its kin were given a pointer that kmalloc did not return.

@@ -23,7 +23,7 @@ from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, PMD_SHIFT, PMD_SIZE, PUD_SH
 from emu.kernel.page_alloc import PageAllocator, Pfns
 from emu.kernel.pgprot import KERNPG_TABLE, PAGE_TABLE, PGPROT_MASK, PRESENT, PSE, TABLE_IGNORED, large_prot
 from emu.kernel.pgtable_types import NOTHING_TO_FLUSH, FlushRange, Lookup, PgLevel, PgtblMod
-from emu.memory import Memory
+from emu.memory import BusError, Memory
 from emu.mmu.entry import PHYSICAL_MASK
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class PageTable:
         self.table_ignored = TABLE_IGNORED
         self._u64 = memory.u64
         self._mask = 0
+        self._ram = memory.size
 
     # Reading
 
@@ -87,6 +88,8 @@ class PageTable:
         level = self.levels
         while True:
             entry_pa = table + ((la >> (9 * level + 3) & 511) << 3)
+            if entry_pa >= self._ram:
+                raise BusError(entry_pa, 8)
             entry = u64[entry_pa >> 3]
             entries.append(entry)
             if level == 1 or not entry & PRESENT or entry & PSE:
@@ -139,6 +142,8 @@ class PageTable:
         table = self.pgd
         for at in range(self.levels, level, -1):
             i = table + ((la >> (9 * at + 3) & 511) << 3) >> 3
+            if i >= self._ram >> 3:
+                raise BusError(i << 3, 8)
             entry = u64[i]
             if not entry:
                 pfn = self.pages.alloc_pages(_GFP)
@@ -365,6 +370,8 @@ class PageTable:
             while True:
                 shift = 9 * level + 3
                 i = table + ((addr >> shift & 511) << 3) >> 3
+                if i >= self._ram >> 3:
+                    raise BusError(i << 3, 8)
                 entry = u64[i]
                 if level == 1 or not entry & PRESENT or entry & PSE:
                     break
