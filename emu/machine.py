@@ -25,8 +25,10 @@ from emu.guest.program import Program, SectionKind
 from emu.kernel.bug_table import parse_bug_table
 from emu.kernel.entry import End, Ending
 from emu.kernel.kernel import Kernel
+from emu.kernel.mm_api import MmApi
 from emu.kernel.module import DATA, RO_AFTER_INIT, RODATA, TEXT, Module
 from emu.kernel.module_api import ModuleApi
+from emu.kernel.percpu_api import register_percpu
 from emu.kernel.places import place_of
 from emu.kernel.profile import find_profile
 from emu.kernel.ptrace import PtRegs
@@ -81,6 +83,7 @@ class MachineConfig:
     tlb: str = "infinite"
     native: bool = False
     kaslr: bool = False
+    pti: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -155,9 +158,11 @@ class Machine:
         features = Features(la57=config.levels == 5)
         self.kernel = Kernel(
             self.memory, profile, self, levels=config.levels, random=Random(config.seed) if config.kaslr else None,
-            seed=config.seed, gbpages=features.gbpages, gp_access=self._gp_access,
+            seed=config.seed, gbpages=features.gbpages, pti=config.pti, gp_access=self._gp_access,
         )
         ModuleApi(self.kernel)
+        register_percpu(self.kernel)
+        self.mm_api = MmApi(self.kernel)
         self.cpu = Cpu(
             0, self.memory, features=features, levels=config.levels, tlb=Tlb(config.tlb), is_stub=self.kernel.is_stub, limit=limit,
             engine=NativeEngine if config.native else Engine,
@@ -166,6 +171,7 @@ class Machine:
         self.cpu.on_entry = self._on_entry
         self._arriving: Fault | None = None
         self.faults: list[Fault] = []
+        self._general = self.cpu.engine.batch(*_GENERAL)
         self._start_cpu()
 
     def _start_cpu(self) -> None:
@@ -213,9 +219,11 @@ class Machine:
     def _on_delivery(self, exception: CpuException) -> None:
         cpu = self.cpu
         if exception.vector != Vector.NMI and exception.vector < 32 and len(self.faults) < KEPT_FAULTS:
-            registers = {name: cpu.reg(name) for name in _GENERAL}
+            registers = dict(zip(_GENERAL, self._general.read(), strict=True))
+            registers["rip"] = cpu.rip
             self._arriving = Fault(exception.vector, exception.error, exception.cr2, cpu.rip, registers)
-        self.sink(Delivery(cpu.id, exception.vector, exception.error, cpu.rip, exception.cr2))
+        if self.sink is not discard:
+            self.sink(Delivery(cpu.id, exception.vector, exception.error, cpu.rip, exception.cr2))
 
     def _on_entry(self, exception: CpuException) -> None:
         self.statistics.exceptions[exception.vector] += 1

@@ -40,6 +40,7 @@ class MachineOptions:
     tlb: str | None = None
     native: bool | None = None
     kaslr: bool | None = None
+    pti: bool | None = None
     seed: int | None = None
     max_instructions: int | None = None
 
@@ -169,6 +170,7 @@ _MACHINE_KEYS: dict[str, Callable[[str], Any]] = {
     "tlb": _choice("infinite", "finite", "none"),
     "native": _switch,
     "kaslr": _switch,
+    "pti": _switch,
     "seed": _bounded(0, (1 << 64) - 1),
     "max-instructions": _bounded(1, (1 << 62)),
 }

@@ -132,6 +132,8 @@ class Kernel:
         self._cpu: KernelCpu | None = None
         design = vmap_node.V6_12 if profile.max_vmap_nodes else vmap_node.V6_1
         space = VmapSpace(design, (self.layout.vmalloc_start, self.layout.vmalloc_end), self.cpus, tlb, self, self)
+        if not profile.preallocated_vmalloc:
+            space.vmalloc_sync_unmappings = self.init_mm.vmalloc_sync_unmappings
         self.vmalloc = Vmalloc(space, self.init_mm, self.slab, self, self)
         self.vmap = Vmap(self.vmalloc)
         self.vmap_blocks = VmapBlocks(self.vmalloc)

@@ -73,6 +73,8 @@ class VmapSpace:
         self.free = FreeVmapAreas(self.cache, report)
         self.nodes = VmapNodes(design, cpus.possible, self.cache, report)
         self.vmap_lazy_nr = 0
+        # Before v5.8: what x86 does about top-level entries ahead of a purge; see InitMm.vmalloc_sync_unmappings.
+        self.vmalloc_sync_unmappings: Callable[[], None] = lambda: None
         self.vmap_initialized = False
         self.tracepoint: Tracepoint | None = None
         self.notifiers: list[PurgeNotifier] = []
@@ -256,6 +258,7 @@ class VmapSpace:
         if lazy.rb_node is None:
             return False
         areas = lazy.detach()
+        self.vmalloc_sync_unmappings()
         self.tlb.flush_tlb_kernel_range(min(start, areas[0].va_start), max(end, areas[-1].va_end))
         for va in areas:
             nr_pages = (va.va_end - va.va_start) >> PAGE_SHIFT

@@ -1,0 +1,114 @@
+"""What a guest needs of address spaces and tasks and no module could call: functions of ours, all called vmemu_*.
+
+An mm is named by the physical address of its PGD, which is what MOV CR3 takes.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from emu.kernel.kernel import Kernel
+from emu.kernel.layout import PAGE_SIZE
+from emu.kernel.mempolicy import Mempolicy, Mpol
+from emu.kernel.mm import PAGE_SHARED, PAGE_SHARED_EXEC, Mm, Vma
+from emu.kernel.page_alloc import NUMA_NO_NODE
+from emu.kernel.task import KernelThread
+from emu.kernel.vread import remap_vmalloc_range_partial
+
+_MAX_USER_PAGES = 1 << 18
+
+
+def _int(value: int) -> int:
+    return (value & 0xFFFF_FFFF) - ((value & 0x8000_0000) << 1)
+
+
+class MmApi:
+    """Registers the functions of one kernel, and keeps the mms and threads that guests made."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.mms: dict[int, Mm] = {}
+        self.forked: dict[int, KernelThread] = {}
+        export = kernel.symbols.register
+        export("vmemu_new_mm", self._new_mm, 0)
+        export("vmemu_destroy_mm", self._destroy_mm, 1)
+        export("vmemu_init_mm", lambda: kernel.init_mm.pgd, 0)
+        export("vmemu_user_pgd", self._user_pgd, 1)
+        export("vmemu_map_user", self._map_user, 4)
+        export("vmemu_remap_vmalloc_range", self._remap_vmalloc_range, 5)
+        export("vmemu_vmalloc_sync_mappings", kernel.init_mm.vmalloc_sync_mappings, 0)
+        export("vmemu_set_mempolicy", lambda mode, nodes: self._set_mempolicy(_int(mode), nodes), 2)
+        export("vmemu_fork", lambda node: self._fork(_int(node)), 1)
+        export("vmemu_exit", self._exit, 1)
+
+    def _new_mm(self) -> int:
+        """A new mm; 0 without memory for its PGD."""
+        try:
+            mm = Mm(self.kernel.init_mm)
+        except MemoryError:
+            return 0
+        self.mms[mm.pgd] = mm
+        return mm.pgd
+
+    def _destroy_mm(self, pgd: int) -> int:
+        """Free an mm: 0, -EINVAL for no mm, -EBUSY while it is in CR3."""
+        if pgd not in self.mms:
+            return -errno.EINVAL
+        if self.kernel.cpu.reg("cr3") & -PAGE_SIZE in (pgd, self.mms[pgd].user_pgd):
+            return -errno.EBUSY
+        self.mms.pop(pgd).destroy()
+        return 0
+
+    def _user_pgd(self, pgd: int) -> int:
+        """The PGD that user mode of an mm runs on; 0 for no mm."""
+        return self.mms[pgd].user_pgd if pgd in self.mms else 0
+
+    def _map_user(self, pgd: int, la: int, size: int, executable: int) -> int:
+        """Map new zeroed pages at a user address: 0, -EINVAL for no mm or a bad range, -EEXIST, -ENOMEM."""
+        mm = self.mms.get(pgd)
+        if mm is None or size > _MAX_USER_PAGES * PAGE_SIZE:
+            return -errno.EINVAL
+        try:
+            return mm.map_user(la, size, PAGE_SHARED_EXEC if executable & 1 else PAGE_SHARED)
+        except ValueError:
+            return -errno.EINVAL
+
+    def _remap_vmalloc_range(self, pgd: int, uaddr: int, la: int, pgoff: int, size: int) -> int:
+        """remap_vmalloc_range_partial into a mapping [uaddr, uaddr + size) of an mm: 0 or a negative errno."""
+        mm = self.mms.get(pgd)
+        if mm is None or size > _MAX_USER_PAGES * PAGE_SIZE or uaddr + size > self.kernel.layout.task_size_max:
+            return -errno.EINVAL
+        vma = Vma(mm, uaddr, uaddr + (size + PAGE_SIZE - 1 & -PAGE_SIZE))
+        return remap_vmalloc_range_partial(self.kernel.vmalloc, vma, uaddr, la, pgoff, size)
+
+    def _set_mempolicy(self, mode: int, nodes: int) -> int:
+        """set_mempolicy() for the current thread, with a mask of nodes: 0 or -EINVAL."""
+        thread = self.kernel.current_thread(self.kernel.cpu)
+        online = len(self.kernel.memory.nodes)
+        if nodes >> online:
+            return -errno.EINVAL
+        chosen = tuple(nid for nid in range(online) if nodes >> nid & 1)
+        try:
+            thread.mempolicy = Mempolicy(Mpol(mode), chosen)
+        except ValueError:
+            return -errno.EINVAL
+        return 0
+
+    def _fork(self, node: int) -> int:
+        """A thread that is not run, with its stack preferably on a node: its stack's address, 0 without memory."""
+        if node != NUMA_NO_NODE and not 0 <= node < len(self.kernel.memory.nodes):
+            return 0
+        try:
+            thread = self.kernel.create_thread("vmemu", self.kernel.cpu.id, node, runs=False)
+        except MemoryError:
+            return 0
+        self.forked[thread.stack] = thread
+        return thread.stack
+
+    def _exit(self, stack: int) -> int:
+        """End a thread of vmemu_fork, named by its stack: 0 or -EINVAL."""
+        thread = self.forked.pop(stack, None)
+        if thread is None:
+            return -errno.EINVAL
+        self.kernel.exit_thread(thread)
+        return 0
