@@ -34,6 +34,12 @@ from emu.rflags import Rflags
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 _AC, _IF = int(Rflags.AC), int(Rflags.IF)
 _INT1, _STI = b"\xf1", b"\xfb"
+_PF_WRITE = int(PfError.W)
+# Registers that stand in the engine only, the ones asked for most.
+_IN_ENGINE = frozenset((
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rflags", "cs", "ss",
+))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,7 @@ class Cpu:
         self.gdtr = self.idtr = self.ldtr = self.tss = TableRegister(0, 0)
         self.tr = 0
         self.ldt_selector = 0
-        self.cr2 = 0
+        self._cr2 = 0
         self.cr8 = 0
         self.tsc = 0
         self.msrs: dict[int, int] = {}
@@ -97,6 +103,8 @@ class Cpu:
         self._interrupts: deque[int] = deque()
         self._interrupt_shadow = False
         self._rip: int | None = None
+        # What a delivery pushes and sets, and what IRET sets.
+        self.pushed = self.engine.batch("cs", "rflags", "rsp", "ss")
         # Told of each exception and interrupt before it is delivered, and again once its handler has been entered.
         self.on_delivery: Callable[[CpuException], None] = lambda exception: None
         self.on_entry: Callable[[CpuException], None] = lambda exception: None
@@ -115,8 +123,20 @@ class Cpu:
     def rip(self, value: int) -> None:
         self._rip = value
 
+    @property
+    def cr2(self) -> int:
+        """Address of the last page fault that was delivered; the engine reads it there by itself."""
+        return self._cr2
+
+    @cr2.setter
+    def cr2(self, value: int) -> None:
+        self._cr2 = value
+        self.engine.set_reg("cr2", value)
+
     def reg(self, name: str) -> int:
         """A register by lower-case name (see emu/kernel/kernel_cpu.py). Raises KeyError."""
+        if name in _IN_ENGINE:
+            return self.engine.reg(name)
         if name == "rip":
             return self.rip
         if name == "cr2":
@@ -130,7 +150,9 @@ class Cpu:
 
     def set_reg(self, name: str, value: int) -> None:
         """Set a register. Control registers take effect as a MOV would; raises GeneralProtection for what a CPU refuses."""
-        if name == "rip":
+        if name in _IN_ENGINE:
+            self.engine.set_reg(name, value)
+        elif name == "rip":
             self._rip = value
         elif name == "cr2":
             self.cr2 = value
@@ -319,12 +341,12 @@ class Cpu:
             raise failed
         rip = self.rip
         is_fetch = engine.fault_access is Access.FETCH
-        where = fault(() if is_fetch else self.memory_accesses(rip), rip, engine.fault_page, int(engine.fault_access))
+        where = fault(() if is_fetch else self.memory_accesses(rip), rip, engine.fault_page, engine.fault_access)
         if isinstance(failed, NonCanonical):
             return CpuException(Vector.SS if where.stack else Vector.GP, 0)
         error = failed.error
         if where.write and not is_fetch:
-            error |= PfError.W
+            error |= _PF_WRITE
         return CpuException(Vector.PF, error, where.cr2)
 
     def _is_implicit(self, page_la: int) -> bool:

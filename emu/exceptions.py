@@ -171,7 +171,13 @@ def segment_descriptor(cpu: Cpu, selector: int, ext: int = 0) -> Segment:
     error = selector & 0xFFFC | ext
     if (selector & 0xFFF8) + 7 > table.limit:
         raise CpuException(Vector.GP, error)
-    return _segment(int.from_bytes(read_system(cpu, table.base + (selector & 0xFFF8) & _MASK64, 8, _GP, error), "little"))
+    la = table.base + (selector & 0xFFF8) & _MASK64
+    if la & 7:
+        return _segment(int.from_bytes(read_system(cpu, la, 8, _GP, error), "little"))
+    try:
+        return _segment(cpu.memory.read_u64(cpu.mmu.translate(la, _READ, implicit=True)))
+    except NonCanonical:
+        raise CpuException(_GP, error) from None
 
 
 def _gate(cpu: Cpu, vector: int, source: Source, ext: int) -> Gate:
@@ -216,8 +222,7 @@ def _enter(cpu: Cpu, exception: CpuException, source: Source) -> None:
         cpu.cr2 = exception.cr2
     gate = _gate(cpu, vector, source, ext)
     target = _target_cpl(cpu, gate, ext)
-    engine = cpu.engine
-    old_rsp, old_ss, rflags = engine.reg("rsp"), engine.reg("ss"), engine.reg("rflags")
+    cs, rflags, old_rsp, ss = cpu.pushed.read()
     if gate.ist:
         rsp = _tss_stack(cpu, _TSS_IST1 + 8 * (gate.ist - 1), ext)
     elif target < cpl:
@@ -229,14 +234,17 @@ def _enter(cpu: Cpu, exception: CpuException, source: Source) -> None:
     pushed_flags = rflags
     if source is Source.EXCEPTION:
         pushed_flags = rflags | _RF if vector in _FAULTS else rflags & ~_RF
-    words: tuple[int, ...] = (cpu.rip, engine.reg("cs") & ~3 | cpl, pushed_flags, old_rsp, old_ss)
+    words: tuple[int, ...] = (cpu.rip, cs & ~3 | cpl, pushed_flags, old_rsp, ss)
     if exception.error is not None:
         words = (exception.error, *words)
     rsp = (rsp & ~0xF) - 8 * len(words) & _MASK64
     _push(cpu, rsp, words, target == 3, bool(rflags & _AC), ext)
-    cpu.enter_privilege(target, gate.selector & ~3 | target, new_stack=target < cpl)
-    engine.set_reg("rsp", rsp)
-    engine.set_reg("rflags", rflags & ~(_FLAGS_CLEARED | (_IF if gate.clears_if else 0)))
+    # A change to an inner level loads a null SS (SDM vol. 3A 6.14.2).
+    if target < cpl:
+        cpu.engine.set_cpl(target)
+        ss = target
+    rflags &= ~(_FLAGS_CLEARED | (_IF if gate.clears_if else 0))
+    cpu.pushed.write(gate.selector & ~3 | target, rflags, rsp, ss)
     cpu.rip = gate.offset
     if vector == Vector.NMI and source is Source.EXTERNAL:
         cpu.nmi_blocked = True

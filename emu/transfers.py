@@ -30,7 +30,8 @@ _IRET_ORDER, _RETF_ORDER = (2, 1, 0, 3, 4), (1, 0)
 # Plain numbers for IRET, which every exception ends with: an operation on a member of an enum costs ten times as much.
 _CONFORMING, _WRITABLE = int(CodeType.CONFORMING), int(DataType.WRITABLE)
 _WORD = {2: "H", 4: "I", 8: "Q"}
-_NT, _IF, _IOPL, _FIXED = int(Rflags.NT), int(Rflags.IF), int(Rflags.IOPL), int(Rflags.FIXED)
+_CONFORMING, _WRITABLE = int(CodeType.CONFORMING), int(DataType.WRITABLE)
+_AC, _NT, _IF, _IOPL, _FIXED = int(Rflags.AC), int(Rflags.NT), int(Rflags.IF), int(Rflags.IOPL), int(Rflags.FIXED)
 # RF holds for one instruction, and only against instruction breakpoints, which never match here.
 _IRET_FLAGS = IMPLEMENTED & ~int(Rflags.RF)
 _ONLY_LEVEL_0 = int(Rflags.IOPL | Rflags.VIF | Rflags.VIP)
@@ -104,15 +105,14 @@ def _width(step: Step) -> int:
     return 8 if step.instruction.wide else 2 if 0x66 in step.instruction.prefixes else 4
 
 
-def _pop(step: Step, order: tuple[int, ...], offset: int = 0) -> tuple[int, ...]:
-    """As many words as `order` has from the stack, read in that order: it decides which word a fault reports."""
+def _pop(step: Step, order: tuple[int, ...], la: int, rflags: int) -> tuple[int, ...]:
+    """As many words as `order` has at `la` of the stack, read in that order: it decides which word a fault reports."""
     cpu, width = step.cpu, _width(step)
-    la = cpu.engine.reg("rsp") + offset & _MASK64
     size = width * len(order)
     first = la + width * order[0] & _MASK64
     if la & PAGE_MASK <= PAGE_SIZE - size:
         try:
-            pa = cpu.mmu.translate(first, _READ, user=cpu.mmu.cpl == 3, ac=cpu.read_ac())
+            pa = cpu.mmu.translate(first, _READ, user=cpu.mmu.cpl == 3, ac=bool(rflags & _AC))
         except NonCanonical:
             raise CpuException(Vector.SS, 0) from None
         data = cpu.memory.read(pa - (first - la), size)
@@ -126,11 +126,10 @@ def iret(step: Step) -> None:
     """IRET in 64-bit mode: it always pops RSP and SS too (vol. 2A). A fault on the way unblocks NMIs too (vol. 3A 6.7.1)."""
     cpu = step.cpu
     cpu.nmi_blocked = False
-    engine = cpu.engine
-    old = engine.reg("rflags")
+    _, old, stack, _ = cpu.pushed.read()
     if old & _NT:
         raise CpuException(Vector.GP, 0)
-    rip, cs, rflags, rsp, ss = _pop(step, _IRET_ORDER)
+    rip, cs, rflags, rsp, ss = _pop(step, _IRET_ORDER, stack, old)
     cs, ss = cs & 0xFFFF, ss & 0xFFFF
     cpl = _return_segment(cpu, cs)
     _check_return_stack(cpu, ss, cpl)
@@ -140,20 +139,18 @@ def iret(step: Step) -> None:
         changeable &= ~_ONLY_LEVEL_0
         if cpu.mmu.cpl > (old & _IOPL) >> 12:
             changeable &= ~_IF
-    _enter_return(cpu, cpl, cs, ss, rsp)
-    engine.set_reg("rflags", old & ~changeable | rflags & changeable | _FIXED)
+    _enter_return(cpu, cpl, cs, ss, rsp, old & ~changeable | rflags & changeable | _FIXED)
     cpu.rip = rip
 
 
-def _enter_return(cpu: Cpu, cpl: int, cs: int, ss: int, rsp: int) -> None:
+def _enter_return(cpu: Cpu, cpl: int, cs: int, ss: int, rsp: int, rflags: int) -> None:
     if cpl > cpu.mmu.cpl:
         for name in ("ds", "es", "fs", "gs"):
             selector = cpu.reg(name)
             if selector & ~3 and not _may_keep(cpu, selector, cpl):
                 cpu.set_reg(name, 0)
-    cpu.enter_privilege(cpl, cs, new_stack=False)
-    cpu.engine.set_reg("ss", ss)
-    cpu.engine.set_reg("rsp", rsp)
+        cpu.engine.set_cpl(cpl)
+    cpu.pushed.write(cs, rflags, rsp, ss)
 
 
 def _may_keep(cpu: Cpu, selector: int, cpl: int) -> bool:
@@ -173,18 +170,19 @@ def retf(step: Step) -> None:
     cpu = step.cpu
     opcode_at = step.instruction.opcode_at
     drop = int.from_bytes(step.code[opcode_at + 1 : opcode_at + 3], "little") if step.code[opcode_at] == 0xCA else 0
-    rip, cs = _pop(step, _RETF_ORDER)
+    _, rflags, stack, ss = cpu.pushed.read()
+    rip, cs = _pop(step, _RETF_ORDER, stack, rflags)
     cs &= 0xFFFF
     cpl = _return_segment(cpu, cs)
     popped = 2 * _width(step) + drop
-    rsp, ss = cpu.reg("rsp") + popped, cpu.reg("ss")
+    rsp = stack + popped
     if cpl != cpu.mmu.cpl:
-        rsp, ss = _pop(step, (0, 1), popped)
+        rsp, ss = _pop(step, (0, 1), rsp & _MASK64, rflags)
         ss &= 0xFFFF
         _check_return_stack(cpu, ss, cpl)
         rsp += drop
     check_canonical(cpu, rip)
-    _enter_return(cpu, cpl, cs, ss, rsp & _MASK64)
+    _enter_return(cpu, cpl, cs, ss, rsp & _MASK64, rflags)
     cpu.rip = rip
 
 
