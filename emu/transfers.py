@@ -148,9 +148,17 @@ def _enter_return(cpu: Cpu, cpl: int, cs: int, ss: int, rsp: int, rflags: int) -
         for name in ("ds", "es", "fs", "gs"):
             selector = cpu.reg(name)
             if selector & ~3 and not _may_keep(cpu, selector, cpl):
-                cpu.set_reg(name, 0)
+                _null_segment(cpu, name)
         cpu.engine.set_cpl(cpl)
     cpu.pushed.write(cs, rflags, rsp, ss)
+
+
+def _null_segment(cpu: Cpu, name: str) -> None:
+    """Take a data segment register away; unlike a MOV of a null selector this leaves FS.base and GS.base as they are."""
+    bases = {base: cpu.reg(base) for base in ("fs_base", "gs_base")}
+    cpu.set_reg(name, 0)
+    for base, value in bases.items():
+        cpu.set_reg(base, value)
 
 
 def _may_keep(cpu: Cpu, selector: int, cpl: int) -> bool:

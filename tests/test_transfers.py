@@ -173,6 +173,15 @@ def test_a_return_to_an_outer_level_nulls_the_segments_that_level_could_not_load
     assert cpu.reg("ds") == KERNEL_SS
 
 
+def test_a_nulled_fs_keeps_its_base(cpu: BareCpu) -> None:
+    cpu.run_code(b"\x8e\xe0\x0f\x0b", rax=KERNEL_SS)  # mov fs, eax; ud2
+    cpu.at_level(0)
+    cpu.set_reg("fs_base", 0x1234)
+    iretq(cpu)
+    assert cpu.reg("fs") == 0
+    assert cpu.reg("fs_base") == 0x1234
+
+
 # ---- RETF
 
 
