@@ -1,4 +1,4 @@
-"""The command line: `vmemu run FILE...`.
+"""The command line: `vmemu run FILE...`, and what it left behind: `vmemu vmallocinfo|ptdump FILE`, `vmemu walk FILE ADDRESS`.
 
 Exit status: 0 every guest ended as its header says, 1 some did not (a finding), 2 wrong use or bad input, with one line on stderr
 that names the value and the place.
@@ -11,13 +11,17 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from emu import __version__
 from emu.guest.directives import MachineOptions
 from emu.guest.error import GuestError
 from emu.kernel.profile import PROFILES
 from emu.mmu.tlb import TlbMode
+
+if TYPE_CHECKING:
+    from emu.machine import Machine
+    from emu.run import RunResult
 
 OK, FINDING, WRONG_USE = 0, 1, 2
 _SIZE = re.compile(r"(\d+)([KMGT]?)", re.ASCII)
@@ -74,6 +78,8 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
                        help="let Unicorn walk the page tables: faster, without our TLB")
     group.add_argument("--kaslr", type=_switch, metavar="on|off", nargs="?", const=True,
                        help="randomise the address map from the seed (default off)")
+    group.add_argument("--pti", type=_switch, metavar="on|off", nargs="?", const=True,
+                       help="page-table isolation: no kernel mappings in user tables (default off)")
     group.add_argument("--seed", type=_integer(0, _MAX_INTEGER - 1), metavar="N", help="seed of all randomness (default 0)")
     group.add_argument("--max-instructions", type=_integer(1, _MAX_INTEGER >> 2), metavar="N",
                        help="bound of the guest's run (default 1000000000)")
@@ -93,13 +99,38 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-q", "--quiet", action="store_true", help="print failures and the last line only")
     run.add_argument("-v", "--verbose", action="store_true", help="print exceptions, kernel calls and TLB flushes too")
     _add_machine_options(run)
+    run.set_defaults(function=_run)
+    _add_state_commands(commands)
     return parser
+
+
+def _add_state_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """The commands that run a guest without printing its log, and then print the state of the machine."""
+    for name, what, function in (
+        ("vmallocinfo", "print /proc/vmallocinfo as it is after a guest has run", _vmallocinfo),
+        ("ptdump", "print the kernel's page tables as they are after a guest has run", _ptdump),
+        ("walk", "walk the page tables for an address, level by level, after a guest has run", _walk),
+    ):
+        command = commands.add_parser(
+            name, help=what, description=what[0].upper() + what[1:] + ".",
+            epilog="exit status: 0 the guest ended as expected, 1 it did not, 2 wrong use or bad input",
+        )
+        command.add_argument("file", metavar="FILE", help="guest program")
+        if name == "vmallocinfo":
+            command.add_argument("--meminfo", action="store_true", help="print the vmalloc lines of /proc/meminfo instead")
+        elif name == "ptdump":
+            command.add_argument("--user", action="store_true", help="the tables in CR3, with --pti their half for user mode")
+        else:
+            command.add_argument("address", metavar="ADDRESS", help="number, symbol or [symbol], with + and - between")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        _add_machine_options(command)
+        command.set_defaults(function=_state_command, print_state=function)
 
 
 def _overrides(arguments: argparse.Namespace) -> MachineOptions:
     return MachineOptions(
         levels=arguments.levels, memory=arguments.memory, kernel=arguments.kernel, nodes=arguments.nodes, cpus=arguments.cpus,
-        tlb=arguments.tlb, native=arguments.native, kaslr=arguments.kaslr, seed=arguments.seed,
+        tlb=arguments.tlb, native=arguments.native, kaslr=arguments.kaslr, pti=arguments.pti, seed=arguments.seed,
         max_instructions=arguments.max_instructions,
     )
 
@@ -141,10 +172,78 @@ def _run(arguments: argparse.Namespace) -> int:
     return OK if all(result.ok for result in results) else FINDING
 
 
+class _BadInput(Exception):
+    """What a command cannot work with; the text is the one line that says so."""
+
+
+def _state_command(arguments: argparse.Namespace) -> int:
+    from emu.guest.load import load
+    from emu.report import verdict
+    from emu.run import run_to_end
+
+    path = arguments.file
+    try:
+        result, machine = run_to_end(load(path), _overrides(arguments))
+        print(arguments.print_state(arguments, result, machine))
+    except GuestError as error:
+        print(f"vmemu: {error}", file=sys.stderr)
+        return WRONG_USE
+    except (ValueError, MemoryError, _BadInput) as error:
+        print(f"vmemu: {path}: {error}", file=sys.stderr)
+        return WRONG_USE
+    if not result.ok:
+        print(f"vmemu: {verdict(result)}", file=sys.stderr)
+    return OK if result.ok else FINDING
+
+
+def _vmallocinfo(arguments: argparse.Namespace, result: RunResult, machine: Machine) -> str:
+    from emu import report
+    from emu.kernel.meminfo import meminfo_lines
+    from emu.kernel.vmallocinfo import vmallocinfo_rows
+
+    kernel = machine.kernel
+    if arguments.json:
+        return report.dump_json(report.vmallocinfo_json(result, kernel))
+    return "\n".join(meminfo_lines(kernel) if arguments.meminfo else vmallocinfo_rows(kernel.vmalloc, kernel.symbol_text))
+
+
+def _ptdump(arguments: argparse.Namespace, result: RunResult, machine: Machine) -> str:
+    from emu import report
+    from emu.kernel.ptdump import PtDump, row_text
+    from emu.memory import BusError
+
+    pgd = machine.user_pgd() if arguments.user else machine.kernel.init_mm.pgd
+    dump = PtDump(machine.memory, machine.kernel.layout, pgd)
+    try:
+        return report.dump_json(report.ptdump_json(result, dump)) if arguments.json else "\n".join(map(row_text, dump.rows()))
+    except BusError as error:
+        raise _BadInput(f"the page tables lead out of RAM: {error}") from None
+
+
+def _walk(arguments: argparse.Namespace, result: RunResult, machine: Machine) -> str:
+    from emu import report
+    from emu.guest.address import evaluate, parse_address
+    from emu.guest.expect import Unreadable
+    from emu.kernel.walk_report import walk_lines, walk_report
+
+    outcome = result.outcome
+    try:
+        la = evaluate(parse_address(arguments.address), outcome.symbol, outcome.registers.get, outcome.read_u64)
+    except (ValueError, LookupError, Unreadable) as error:
+        raise _BadInput(f"address {arguments.address!r}: {error.args[0] if error.args else error}") from None
+    walked = walk_report(machine.kernel, machine.cpu.reg("cr3"), la)
+    place = machine.place_of(la)
+    if arguments.json:
+        return report.dump_json(report.walk_json(result, walked, place))
+    return "\n".join(walk_lines(walked, place))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        return _run(_parser().parse_args(argv))
+        arguments = _parser().parse_args(argv)
+        status: int = arguments.function(arguments)
+        return status
     except BrokenPipeError:
         # The reader of our output has gone: nothing is left to say, and the interpreter must not try at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,7 +34,8 @@ from emu.kernel.profile import find_profile
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.task import comm_of, initial_rsp
 from emu.kernel.traps import BugEntry
-from emu.memory import BusError, Memory
+from emu.memory import PAGE_SIZE, BusError, Memory
+from emu.mmu.entry import PHYSICAL_MASK
 from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.registers import Cr0, Cr4, Efer, Features
 from emu.mmu.tlb import Tlb, TlbMode
@@ -373,6 +374,11 @@ class Machine:
     def place_of(self, la: int) -> str:
         """What a linear address lies in, in words: an area and offset, its guard page, or the part of the address map."""
         return place_of(self.kernel, la)
+
+    def user_pgd(self) -> int:
+        """Physical address of the top table that user mode would run on: CR3's, with page-table isolation the page behind it."""
+        pgd = self.cpu.reg("cr3") & PHYSICAL_MASK
+        return pgd | PAGE_SIZE if self.config.pti else pgd
 
     # ---- memory as init_mm's tables show it now, past every TLB
 

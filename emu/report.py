@@ -10,6 +10,12 @@ from typing import Any
 from emu.exceptions import HAS_ERROR_CODE
 from emu.guest.directives import VECTOR_NAMES
 from emu.guest.expect import Fault
+from emu.kernel.kernel import Kernel
+from emu.kernel.meminfo import meminfo_figures
+from emu.kernel.ptdump import LEVEL_NAMES as PTDUMP_LEVELS
+from emu.kernel.ptdump import Marker, PtDump, Row, row_text
+from emu.kernel.vmallocinfo import vmallocinfo
+from emu.kernel.walk_report import WalkReport
 from emu.run import RunResult
 from emu.trace import Delivery, Event, FunctionCall, TlbFlushed
 
@@ -110,9 +116,45 @@ def run_json(result: RunResult) -> dict[str, Any]:
     }
 
 
-def dump_json(results: Sequence[dict[str, Any]]) -> str:
-    """One JSON array, stable to the byte for the same results."""
-    return json.dumps(list(results), indent=2, ensure_ascii=True)
+def vmallocinfo_json(result: RunResult, kernel: Kernel) -> dict[str, Any]:
+    """The rows of /proc/vmallocinfo and the vmalloc lines of /proc/meminfo after a run."""
+    rows = []
+    for row in vmallocinfo(kernel.vmalloc, kernel.symbol_text):
+        fields = dataclasses.asdict(row) | {"size": row.end - row.start, "tags": list(row.tags), "text": row.text()}
+        rows.append(fields | {"nodes": {str(nid): count for nid, count in row.nodes}})
+    return _state_json(result) | {"areas": rows, "meminfo": meminfo_figures(kernel)}
+
+
+def ptdump_json(result: RunResult, dump: PtDump) -> dict[str, Any]:
+    """The page-table dump after a run: its rows, each with the part of the address space it is in."""
+    rows: list[dict[str, Any]] = []
+    part = ""
+    for row in dump.rows():
+        if isinstance(row, Marker):
+            part = row.name
+        elif isinstance(row, Row):
+            rows.append({
+                "part": part, "start": row.start, "end": row.end, "level": PTDUMP_LEVELS[row.level], "flags": row.prot,
+                "text": row_text(row),
+            })
+    return _state_json(result) | {"pgd": dump.pgd, "rows": rows}
+
+
+def walk_json(result: RunResult, report: WalkReport, place: str) -> dict[str, Any]:
+    """The walk of one address after a run."""
+    fields = dataclasses.asdict(report)
+    steps = [dataclasses.asdict(step) | {"bits": list(step.bits)} for step in report.steps]
+    return _state_json(result) | fields | {"steps": steps, "rights": list(report.rights), "place": place}
+
+
+def _state_json(result: RunResult) -> dict[str, Any]:
+    machine = dataclasses.asdict(result.config) | {"max_instructions": result.max_instructions}
+    return {"file": result.path, "ok": result.ok, "machine": machine, "ended": result.outcome.ended}
+
+
+def dump_json(results: Sequence[dict[str, Any]] | dict[str, Any]) -> str:
+    """One JSON array or object, stable to the byte for the same results."""
+    return json.dumps(results if isinstance(results, dict) else list(results), indent=2, ensure_ascii=True)
 
 
 def summary_rows(results: Sequence[RunResult]) -> list[tuple[str, str, str, str]]:

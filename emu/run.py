@@ -67,10 +67,15 @@ def run_file(path: str, overrides: MachineOptions, *, keep_events: bool = False)
 
 
 def run_program(program: Program, overrides: MachineOptions, *, keep_events: bool = False) -> RunResult:
-    """Run a loaded guest. The verdict depends on its bound alone, never on the host's speed.
+    """Run a loaded guest. The verdict depends on its bound alone, never on the host's speed. Raises as run_file."""
+    return run_to_end(program, overrides, keep_events=keep_events)[0]
+
+
+def run_to_end(program: Program, overrides: MachineOptions, *, keep_events: bool = False) -> tuple[RunResult, Machine]:
+    """run_program, and the machine as the run left it.
 
     A run without a counter is twenty times as fast. If it ends before any host could have executed the limit, it kept the limit;
-    otherwise it is thrown away and repeated, from boot, with an exact counter. Raises as run_file.
+    otherwise it is thrown away and repeated, from boot, with an exact counter.
     """
     config, limit = configure(program.directives.machine, overrides)
     if limit <= _COUNTED_AT_ONCE:
@@ -83,14 +88,15 @@ def run_program(program: Program, overrides: MachineOptions, *, keep_events: boo
 
 def _attempt(
     program: Program, config: MachineConfig, limit: int, counted: int | None, timeout: float | None, keep_events: bool
-) -> RunResult:
+) -> tuple[RunResult, Machine]:
     events: list[Event] = []
     sink: Sink = events.append if keep_events else discard
     machine = _build(config, counted, sink)
     outcome = machine.run(program, timeout=timeout)
     failures = tuple(judge(program.directives.expectations, outcome))
     places = tuple(machine.place_of(fault.address) for fault in outcome.faults if fault.address is not None)
-    return RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, tuple(events))
+    result = RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, tuple(events))
+    return result, machine
 
 
 def _build(config: MachineConfig, limit: int | None, sink: Sink) -> Machine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from emu.guest.asm import assemble
 from emu.guest.directives import ENDS, MachineOptions
 from emu.machine import Machine, MachineConfig
@@ -19,7 +20,7 @@ MEMORY = 64 << 20
 SKIPPED = {"panic"}
 SIZES = (0, 1, 8, 4095, 4096, 4097, 8192, 65536, 1 << 20, (2 << 20) + 1, 4 << 20, 1 << 25, 1 << 31, 1 << 40, (1 << 64) - 1, 1 << 63)
 COUNTS = (0, 1, 2, 63, 64, 65, 512, 513, 0xFFFF_FFFF, 0x8000_0000, 0xFFFF_FFFF_FFFF_FFFE)
-FLAGS = (0, 0xCC0, 0xDC0, 0x820, 0x2CC0, 0x8CC0, 0x200CC0, 5, 0x306, 0xFFFF_FFFF, 4, 0x204, 0x100, 0x40, 0x163, 0x8000_0000_0000_0163)
+FLAGS = (0, 0xCC0, 0xDC0, 0x820, 0x2CC0, 0x8CC0, 0x200CC0, 5, 0x306, 0xFFFF_FFFF, 4, 0x204, 0x100, 0x40, 0x163, 1 << 63)
 # What a careful caller passes: Size, Flags of gfp, Array of pages, Number of pages, D for a node; and results of earlier calls:
 # Vmalloc memory, pages (G), Kmalloc memory, Ioremap memory, map_ram blocks (R), vm_struct (T). Behind the colon the result.
 SANE = {
@@ -27,7 +28,8 @@ SANE = {
     "__vmalloc_node": "SNFDP:V", "vmalloc_huge": "SF:V", "__vmalloc_array": "NSF:V", "vcalloc": "NS:V", "vrealloc": "VSF:V",
     "vfree": "V", "vfree_atomic": "V", "free_vm_area": "T", "get_vm_area": "SF:T", "find_vm_area": "V:T", "remove_vm_area": "V:T",
     "vmap": "ANFF:V", "vunmap": "V", "vm_map_ram": "AND:R", "vm_unmap_ram": "RN", "vmap_pfn": "ANF:V", "kmalloc": "SF:K",
-    "kvmalloc": "SF:V", "kvmalloc_node": "SFD:K", "kvrealloc": "VSF:V", "kvfree": "V", "kfree": "K", "krealloc": "KSF:K", "ksize": "K",
+    "kvmalloc": "SF:V", "kvmalloc_node": "SFD:K", "kvrealloc": "VSF:V", "kvfree": "V", "kfree": "K", "krealloc": "KSF:K",
+    "ksize": "K",
     "kvmemdup": "VSF:V", "alloc_pages": "FN:G", "__free_pages": "GN", "put_page": "G", "get_page": "G", "virt_to_page": "K:G",
     "page_address": "G:K", "vmalloc_to_page": "V:G", "set_memory_ro": "VN", "set_memory_rw": "VN", "set_memory_nx": "VN",
     "set_memory_uc": "VN", "lookup_address": "VA", "memset": "VSS", "kvfree_call_rcu": "SV", "ioremap": "OS:I", "iounmap": "I",

@@ -262,6 +262,10 @@ class Kernel:
         """ "name+0x1f/0x40", with the module's name behind a module's symbol; None outside of text and data."""
         return self.symbols.symbolize(la)
 
+    def symbol_text(self, la: int) -> str:
+        """An address as %pS prints it: the symbol, or the number where there is none."""
+        return self.symbolize(la) or f"{la:#x}"
+
     def is_text(self, la: int) -> bool:
         """Whether an address may be a return address: kernel text or a module's text."""
         if self.layout.is_kernel_text(la):

@@ -157,7 +157,12 @@ class SlabExports:
 
     def _kvfree_call_rcu(self, head: int, la: int) -> None:
         """The end of kvfree_rcu_mightsleep(): nobody else runs, so the grace period is over when this call is."""
-        self.kernel.schedule_work(self.exports.guarded(lambda: self.kvfree(la)))
+        free = self.exports.guarded(self.kvfree)
+
+        def after_grace_period() -> None:
+            free(la)
+
+        self.kernel.schedule_work(after_grace_period)
 
     def _vmemdup_user(self, source: int, size: int) -> int:
         la = self.kvmalloc_node(size, _GFP_USER)
