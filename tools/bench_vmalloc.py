@@ -261,7 +261,8 @@ class _Parser(argparse.ArgumentParser):
 def _row(result: dict[str, Any]) -> str:
     bound = "" if result["bound"] is None else f"{result['sense']} {result['bound']:g}"
     verdict = {True: "ok", False: "MISSED", None: "-"}[result["ok"]]
-    return f"{result['name']:<12} {result['value']:>9.4g} {result['unit']:<4} {bound:>9}  {verdict:<7} {result.get('detail', '')}".rstrip()
+    value = f"{result['value']:>9.4g} {result['unit']:<4}"
+    return f"{result['name']:<12} {value} {bound:>9}  {verdict:<7} {result.get('detail', '')}".rstrip()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,7 +34,8 @@ class VmallocExports:
         export("vmalloc_32_user", lambda size: vmalloc.vmalloc_32_user(size, kernel.caller), 1, noprof=True)
         export("__vmalloc", lambda size, gfp: vmalloc.vmalloc_gfp(size, c_unsigned(gfp), kernel.caller), 2, noprof=True)
         export("__vmalloc_node", self._vmalloc_node, 5, gpl=True, noprof=True)
-        export("vmalloc_huge", self._vmalloc_huge, 2, gpl=True, noprof=True)
+        if kernel.profile.huge_vmalloc:
+            export("vmalloc_huge", self._vmalloc_huge, 2, gpl=True, noprof=True)
         export("vmalloc_array", lambda n, size: vmalloc.vmalloc_array(n, size, caller=kernel.caller), 2, noprof=True)
         export("__vmalloc_array", self._vmalloc_array, 3, noprof=True)
         export("vcalloc", lambda n, size: vmalloc.vcalloc(n, size, caller=kernel.caller), 2, noprof=True)

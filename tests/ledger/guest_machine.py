@@ -42,6 +42,10 @@ write_byte:
     ret
 jump:
     jmp r12
+enter:
+    mov rdi, r13
+    call r12
+    ret
 touch:
     mov rax, [r12]
     add r12, 4096
@@ -78,7 +82,7 @@ class GuestMachine:
         assert ended in ("returned", "oops", "panic"), ended
         return Ran(returned, self.machine.faults[0] if self.machine.faults else None)
 
-    def _probe(self, name: str, la: int, value: int = 0) -> Ran:
+    def _probe(self, name: str, la: int, value: int = 0, *, interrupt: bool = False) -> Ran:
         machine, cpu = self.machine, self.machine.cpu
         machine.faults.clear()
         thread = self.kernel.create_thread("probe")
@@ -86,7 +90,11 @@ class GuestMachine:
             cpu.set_reg(register, number)
         cpu.set_reg("rflags", 0x202)
         cpu.rip = self.kernel.symbol("ret_from_fork_asm")
-        return self._ran(*machine._run())
+        self.kernel._interrupt_depth = int(interrupt)
+        try:
+            return self._ran(*machine._run())
+        finally:
+            self.kernel._interrupt_depth = 0
 
     def read(self, la: int) -> Ran:
         """One u64 as a guest reads it."""
@@ -107,6 +115,10 @@ class GuestMachine:
     def touch(self, la: int, pages: int) -> Ran:
         """A read of each page."""
         return self._probe("touch", la, pages)
+
+    def call_in_interrupt(self, function: str, argument: int) -> Ran:
+        """A call of an exported function as an interrupt handler makes it."""
+        return self._probe("enter", self.kernel.symbol(function), argument, interrupt=True)
 
     def call(self, function: str, *arguments: int) -> Ran:
         """A call of an exported function with up to six arguments."""

@@ -134,8 +134,9 @@ def test_C38_C54_C55_memory_freed_in_interrupt_is_there_until_the_worker_and_gon
 def test_C38_a_guest_s_own_vfree_takes_its_memory_away_at_once():
     g = GuestMachine(tlb="none")
     ran = g.execute(
-        "push rbx", "mov edi, 4096", "call vmalloc", "mov rbx, rax", "mov [rbx], rax", "mov rdi, rax", "call vfree", "mov rax, [rbx]"
-    )
+        "push rbx", "mov edi, 4096", "call vmalloc", "mov rbx, rax", "mov [rbx], rax", "mov rdi, rax", "call vfree",
+        "mov rax, [rbx]",
+    )  # fmt: skip
     error, cr2 = ran.page_fault
     assert error == READ_NOT_PRESENT
     assert g.kernel.layout.is_vmalloc_addr(cr2)
@@ -239,3 +240,25 @@ def test_O15_loading_cr3_keeps_a_stale_global_entry_and_invlpg_drops_it():
     assert g.execute(*freed, "mov rax, cr3", "mov cr3, rax", "mov rax, [rbx]", "pop rbx").returned == 0x15
     error, _ = g.execute(*freed, "invlpg [rbx]", "mov rax, [rbx]", "pop rbx").page_fault
     assert error == READ_NOT_PRESENT
+
+
+def test_C53_C55_a_vfree_in_interrupt_leaves_the_area_to_a_worker_and_a_link_in_it():
+    g = GuestMachine(tlb="none")
+    k = g.kernel
+    made = [k.vmalloc.vmalloc(PAGE) for _ in range(3)]
+    assert all(g.write(la, 0x1234).fault is None for la in made)
+    seen = []
+    k.schedule_work = seen.append
+    assert all(g.call_in_interrupt("vfree", la).fault is None for la in made)
+    assert len(seen) == 1
+    assert [g.read(la).returned for la in made] == [0, made[0], made[1]]
+    seen[0]()
+    assert [g.read(la).page_fault for la in made] == [(READ_NOT_PRESENT, la) for la in made]
+
+
+def test_C52_unmapping_in_interrupt_is_a_bug_and_vfree_is_not():
+    g = GuestMachine()
+    la = g.kernel.vmap.vmap(g.kernel.pages.alloc_pages_bulk(GFP_KERNEL, 0, 1), 1, 4, g.kernel.init_mm.prots.kernel)
+    assert g.call_in_interrupt("vunmap", la).returned is None
+    assert any(line.startswith("kernel BUG at mm/vmalloc.c:") for line in g.machine.log_lines())
+    assert g.kernel.vmalloc.find_vm_area(la) is not None
