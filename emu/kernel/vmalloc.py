@@ -210,6 +210,10 @@ class Vmalloc(VmAreas):
             if not gfp & _NOFAIL and self.context.fatal_signal_pending:
                 break
             pfn = pages.alloc_pages(gfp, order, node)
+            if pfn is None and gfp & _NOFAIL:
+                # The page allocator itself does not come back before it has a page.
+                self.context.schedule_timeout_uninterruptible(1)
+                continue
             if pfn is None:
                 break
             if order:

@@ -27,8 +27,25 @@ void get_page(struct page *page);
 void put_page(struct page *page);
 bool is_vmalloc_addr(const void *x);
 
+/*
+ * kmalloc, and vmalloc where that fails for more than a page. NULL: no memory; gfp may not sleep; above INT_MAX, with a WARN
+ * unless __GFP_NOWARN.
+ */
 void *kvmalloc(size_t size, gfp_t gfp);
 void *kvzalloc(size_t size, gfp_t gfp);
+void *kvmalloc_node(size_t size, gfp_t gfp, int node);
+void *kvzalloc_node(size_t size, gfp_t gfp, int node);
+void *kvmalloc_array(size_t n, size_t size, gfp_t gfp);
+void *kvcalloc(size_t n, size_t size, gfp_t gfp);
+/* As in 6.12; in 6.1 it takes the old size before the new one. */
+void *kvrealloc(const void *p, size_t size, gfp_t gfp);
 void kvfree(const void *addr);
+void kvfree_sensitive(const void *addr, size_t len);
+void *kvmemdup(const void *src, size_t len, gfp_t gfp);
+/* An ERR_PTR on failure: -ENOMEM, -EFAULT. */
+void *vmemdup_user(const void *src, size_t len);
+
+void kvfree_call_rcu(void *head, void *p);
+#define kvfree_rcu_mightsleep(p) kvfree_call_rcu(NULL, (void *)(p))
 
 #endif

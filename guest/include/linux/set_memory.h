@@ -2,9 +2,17 @@
 #ifndef _LINUX_SET_MEMORY_H
 #define _LINUX_SET_MEMORY_H
 
+/*
+ * 0; -EFAULT with a WARN at the first page that is not mapped; -ENOMEM when a large leaf cannot be split. A change holds for the
+ * direct map's mapping of the same frames too, but for the permission to execute. An unaligned address is a WARN, once.
+ */
 int set_memory_ro(unsigned long addr, int numpages);
 int set_memory_rw(unsigned long addr, int numpages);
 int set_memory_x(unsigned long addr, int numpages);
 int set_memory_nx(unsigned long addr, int numpages);
+int set_memory_rox(unsigned long addr, int numpages);
+int set_memory_uc(unsigned long addr, int numpages);
+int set_memory_wc(unsigned long addr, int numpages);
+int set_memory_wb(unsigned long addr, int numpages);
 
 #endif
