@@ -18,7 +18,7 @@ from emu.kernel.vmap_area import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Report, VmapA
 # x86-64: 1 GiB, the largest leaf that an ioremap may use (v6.12 include/linux/vmalloc.h, asm/pgtable_64_types.h).
 IOREMAP_MAX_ORDER = 30
 # sizeof(struct vm_struct) of the recorded kernels.
-SIZEOF_VM_STRUCT = {(6, 12): 72, (6, 1): 72, (5, 4): 64}
+SIZEOF_VM_STRUCT = {(6, 12): 72, (6, 1): 64, (5, 4): 64}
 
 
 class Vm(IntFlag):
