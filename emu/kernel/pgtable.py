@@ -34,6 +34,8 @@ __all__ = ["NOTHING_TO_FLUSH", "FlushRange", "Lookup", "PageTable", "PgLevel", "
 
 _GFP = int(GFP_PGTABLE_KERNEL)
 _TABLE_ADDR = PHYSICAL_MASK
+# Up to so many pages numpy takes longer to begin than a loop to end.
+_FEW = 16
 
 
 _MODIFIED = {level: 1 << (5 - level) for level in range(1, 6)}
@@ -202,6 +204,10 @@ class PageTable:
 
     def _vmap_small_pages_range(self, addr: int, end: int, prot: int, pfns: Pfns) -> int:
         count = (end - addr) >> PAGE_SHIFT
+        if count <= _FEW and len(pfns) == count:
+            err = self._vmap_few(addr, prot, pfns.tolist())
+            if err is not None:
+                return err
         invalid = -1
         if count and not (int(pfns[:count].min()) >= 0 and int(pfns[:count].max()) < self.pages.max_pfn):
             invalid = int(np.flatnonzero((pfns < 0) | (pfns >= self.pages.max_pfn))[0])
@@ -233,6 +239,24 @@ class PageTable:
                 return -errno.ENOMEM
             done += take
             addr += take << PAGE_SHIFT
+        return 0
+
+    def _vmap_few(self, addr: int, prot: int, pfns: list[int]) -> int | None:
+        """Map a few pages word by word: 0 or a negative errno; None, without a leaf written, where there is more to it."""
+        first = addr >> PAGE_SHIFT & 511
+        if first + len(pfns) > 512 or min(pfns) < 0 or max(pfns) >= self.pages.max_pfn:
+            return None
+        table = self.alloc_table(addr, 1)
+        if table < 0:
+            return self._refuse(table)
+        u64 = self._u64
+        i = (table >> 3) + first
+        if any(u64[i : i + len(pfns)]):
+            return None
+        for pfn in pfns:
+            u64[i] = pfn << PAGE_SHIFT | prot
+            i += 1
+        self._mask |= _MODIFIED[1]
         return 0
 
     def _refuse(self, err: int) -> int:
