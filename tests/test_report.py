@@ -89,7 +89,8 @@ def test_walk_takes_addresses_as_headers_do(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize(("address", "part"), [
-    ("[p", "'[' is not closed"), ("nosuch", "unknown symbol nosuch"), ("0x", "unexpected 'x'"), ("[0]", "cannot be read"), ("", "address"),
+    ("[p", "'[' is not closed"), ("nosuch", "unknown symbol nosuch"), ("0x", "unexpected 'x'"), ("[0]", "cannot be read"),
+    ("", "address"),
 ])
 def test_walk_refuses_a_bad_address_in_one_line(capsys: pytest.CaptureFixture[str], address: str, part: str) -> None:
     assert part in refused(capsys, "walk", GUARD, address, *SMALL)

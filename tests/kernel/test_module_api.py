@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from after_run import MEMORY, ran, result_word
 
@@ -13,7 +15,8 @@ from emu.machine import Machine, MachineConfig
 # v6.12 and v6.1 EXPORT_SYMBOL in mm/vmalloc.c, mm/util.c, arch/x86/mm/ioremap.c, kernel/iomem.c, without what needs a user mm.
 EXPORTED = """
     is_vmalloc_addr vmalloc_to_page vmalloc_to_pfn vm_unmap_aliases vm_unmap_ram vm_map_ram vfree vunmap vmap vmap_pfn
-    __vmalloc_node __vmalloc vmalloc vmalloc_huge vzalloc vmalloc_user vmalloc_node vzalloc_node vmalloc_32 vmalloc_32_user free_vm_area
+    __vmalloc_node __vmalloc vmalloc vmalloc_huge vzalloc vmalloc_user vmalloc_node vzalloc_node vmalloc_32
+    vmalloc_32_user free_vm_area
     __vmalloc_array vmalloc_array __vcalloc vcalloc kvfree kvfree_sensitive kvrealloc kvmalloc_node vmemdup_user
     ioremap ioremap_uc ioremap_wc ioremap_wt ioremap_cache iounmap memremap memunmap set_memory_uc set_memory_wc set_memory_wb
     lookup_address kfree krealloc ksize
@@ -126,7 +129,15 @@ def test_a_new_interval_tells_how_many_messages_were_kept_back() -> None:
 def test_a_table_bent_out_of_ram_ends_in_a_bus_error() -> None:
     result, _ = ran(
         "mov edi, 4096\ncall vmalloc\nmov rdi, rax\nlea rsi, [result]\ncall lookup_address\nmov rcx, cr3\n"
-        "mov rdx, 0xffff888000000000\nadd rcx, rdx\nmov rax, [rcx + 402 * 8]\nand rax, -4096\nadd rax, rdx\nmov rdi, 0x7000000067\nmov [rax + 8], rdi\n"
+        "mov rdx, 0xffff888000000000\nadd rcx, rdx\nmov rax, [rcx + 402 * 8]\nand rax, -4096\nadd rax, rdx\n"
+        "mov rdi, 0x7000000067\nmov [rax + 8], rdi\n"
         "mov rdi, 0xffffc90040000000\ncall vmalloc_to_pfn"
     )
     assert result.outcome.ended == "bus error"
+
+
+def test_every_exported_function_is_listed_in_the_guests_document() -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs" / "guests.md").read_text()
+    symbols = Machine(MachineConfig(memory=MEMORY)).kernel.symbols
+    names = {export.name for export in symbols.exports.values()}
+    assert {name for name in names if f"`{name}`" not in document} == set()

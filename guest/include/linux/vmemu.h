@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#ifndef _LINUX_VMEMU_H
+#define _LINUX_VMEMU_H
+
+#include <linux/types.h>
+
+/*
+ * What no module could do, and a guest here can. An mm is the physical address of its PGD, which is what MOV CR3 takes. Results
+ * are 0 or a negative errno; of vmemu_new_mm and vmemu_fork 0 is a lack of memory.
+ */
+unsigned long vmemu_new_mm(void);
+long vmemu_destroy_mm(unsigned long mm);
+unsigned long vmemu_init_mm(void);
+unsigned long vmemu_user_pgd(unsigned long mm);
+long vmemu_map_user(unsigned long mm, unsigned long addr, unsigned long size, int executable);
+/* remap_vmalloc_range_partial() into a mapping of `size` bytes at `uaddr`. */
+long vmemu_remap_vmalloc_range(unsigned long mm, unsigned long uaddr, const void *kaddr, unsigned long pgoff, unsigned long size);
+void vmemu_vmalloc_sync_mappings(void);
+long vmemu_set_mempolicy(int mode, unsigned long nodes);
+/* A thread that is never run, named by its stack. */
+unsigned long vmemu_fork(int node);
+long vmemu_exit(unsigned long stack);
+
+#endif
