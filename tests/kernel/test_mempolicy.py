@@ -63,6 +63,8 @@ def test_interrupts_and_thisnode_requests_know_no_policy_and_a_named_node_overri
     assert nodes_of(pages_with(policy, node=1), 1, GFP_KERNEL | Gfp.THISNODE) == [1]
     pages = pages_with(policy)
     assert pages.page_to_nid(pages.alloc_pages(GFP_KERNEL, 0, 2)) == 2
+    bulk(pages, pages.nr_free_pages(0), GFP_KERNEL | Gfp.THISNODE)
+    assert pages.alloc_pages(GFP_KERNEL | Gfp.THISNODE) is None
 
 
 @pytest.mark.parametrize(("mode", "nodes"), [(Mpol.DEFAULT, (0,)), (Mpol.BIND, ()), (Mpol.INTERLEAVE, (1, 0)), (Mpol.BIND, (1, 1))])

@@ -99,7 +99,7 @@ def test_C57_with_pti_user_addresses_are_the_same_in_both_tables_but_executable_
 
 
 def test_C57_with_pti_a_kernel_on_user_modes_tables_finds_neither_its_code_nor_its_stack_but_the_double_fault_stack():
-    on = machine(pti=True)
+    on = machine(pti=True, tlb="none")
     outcome = run(on, """
     sub rsp, 8
     call vmemu_new_mm
@@ -110,6 +110,16 @@ def test_C57_with_pti_a_kernel_on_user_modes_tables_finds_neither_its_code_nor_i
     ret""")
     assert [fault.vector for fault in outcome.faults] == [8]
     assert outcome.ended == "panic"
+
+
+def test_C57_with_pti_user_modes_tables_have_what_a_recorded_kernels_have():
+    k = boot(pti=True)
+    entries = k.memory.table(k.init_mm.pgd + PAGE).tolist()
+    kernel = k.memory.table(k.init_mm.pgd).tolist()
+    # The recorded kernel has an entry of the direct map besides, for the TSS in per-CPU memory; here the TSS is not there.
+    assert [i for i, entry in enumerate(entries) if entry] == [508, 510, 511]
+    assert (entries[508], entries[510]) == (kernel[508], kernel[510])
+    assert (entries[511] & 0xFFF, kernel[511] & 0xFFF) == (0x063, 0x067)
 
 
 def test_C60_page_tables_belong_to_mms_and_not_to_cpus():

@@ -89,6 +89,8 @@ def test_C43_units_of_a_node_adjoin_and_each_node_has_an_area_of_its_own_at_a_fi
     more = {k.vmalloc.find_vm_area(k.percpu.per_cpu_ptr(second, cpu)).addr for cpu in range(4)}
     assert not more & areas
     assert max(more) - min(more) == distance
+    frames = [k.init_mm.to_pa(k.percpu.per_cpu_ptr(second, cpu)) >> 12 for cpu in range(4)]
+    assert [k.pages.page_to_nid(pfn) for pfn in frames] == [0, 0, 1, 1]
 
 
 def test_C44_congruent_areas_take_the_highest_base_and_slide_below_what_is_in_the_way():
