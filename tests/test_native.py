@@ -16,6 +16,7 @@ from emu.cpu import Cpu, Halted, Interrupted
 from emu.exceptions import TripleFault, Vector
 from emu.guest.asm import assemble
 from emu.guest.directives import MachineOptions
+from emu.guest.error import GuestError
 from emu.guest.load import load
 from emu.guest.program import Program
 from emu.machine import Machine, MachineConfig
@@ -74,7 +75,13 @@ def test_every_short_guest_has_the_same_outcome_under_other_kernels_and_paging_d
         if path.suffix == ".asm" and path.name not in LONG | DIFFERENT.keys():
             program = load(path)
             ours, native = (MachineOptions(kernel=kernel, levels=levels, native=mode) for mode in (False, True))
-            same(run_program(program, ours), run_program(program, native))
+            try:
+                expected = run_program(program, ours)
+            except GuestError:  # it calls a function that this kernel does not have
+                with pytest.raises(GuestError):
+                    run_program(program, native)
+                continue
+            same(expected, run_program(program, native))
 
 
 def test_a_tlb_mode_cannot_be_asked_of_a_native_machine() -> None:
