@@ -183,7 +183,8 @@ def test_json_is_one_array_with_what_the_text_says() -> None:
 
 
 def test_two_processes_with_the_same_seed_print_the_same_bytes() -> None:
-    arguments = ("run", "--json", "--kaslr", "--seed", "7", *(str(GUEST / f"{g}.asm") for g in ("guard_page", "stack_overflow", "demand_fault")))
+    guests = [str(GUEST / f"{name}.asm") for name in ("guard_page", "stack_overflow", "demand_fault")]
+    arguments = ("run", "--json", "--kaslr", "--seed", "7", *guests)
     one, two = vmemu(*arguments), vmemu(*arguments)
     assert one.stdout == two.stdout
     assert json.loads(one.stdout)

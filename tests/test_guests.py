@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from emu.guest.directives import MachineOptions
 from emu.run import run_file
 
@@ -18,7 +19,9 @@ def test_there_are_guests_for_every_statement_that_the_readme_promises() -> None
     assert len(PROGRAMS) >= 25
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, marks=NEEDS_GCC if p.suffix != ".asm" else ()) for p in PROGRAMS], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=NEEDS_GCC if p.suffix != ".asm" else (), id=p.name) for p in PROGRAMS]
+)
 def test_the_guest_ends_as_its_header_says(path: Path) -> None:
     result = run_file(str(path), MachineOptions())
     assert result.failures == ()

@@ -13,8 +13,11 @@ LAYERS = [
     ["emu.report", "emu.progress"],
     ["emu.run"],
     ["emu.machine"],
-    ["emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions", "emu.cpuid", "emu.engine", "emu.engine_context",
-     "emu.instruction_counter", "emu.privileged_opcodes", "emu.operands", "emu.decode", "emu.rflags"],
+    [
+        "emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions",
+        "emu.cpuid", "emu.engine", "emu.engine_context", "emu.instruction_counter", "emu.privileged_opcodes",
+        "emu.operands", "emu.decode", "emu.rflags",
+    ],
     ["emu.kernel"],
     ["emu.guest"],
     ["emu.mmu"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -416,25 +415,3 @@ init_module:
     jnz init_module
     hlt
 """
-
-
-def test_tlb_misses_are_faster_than_by_our_own_walker() -> None:
-    def seconds(native: bool) -> float:
-        machine = Machine(MachineConfig(native=native))
-        _, linked = machine.load(assemble(TOUCH, "touch.asm"))
-        pages = 8192
-        la = machine.kernel.vmalloc.vmalloc(pages * PAGE, linked.entry)
-        taken = []
-        for _ in range(4):
-            cpu = machine.cpu
-            cpu.mmu.tlb.flush_all()
-            cpu.engine.drop_soft_tlb()
-            cpu.set_reg("rdi", la)
-            cpu.set_reg("rcx", pages)
-            cpu.rip = linked.entry
-            began = time.process_time()
-            assert isinstance(cpu.run(), Halted)
-            taken.append(time.process_time() - began)
-        return min(taken)
-
-    assert seconds(native=False) > 3 * seconds(native=True)

@@ -25,7 +25,8 @@ def output_of(command: str) -> str:
         raise ValueError(f"only vmemu commands are run, not {command!r}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     run = subprocess.run(
-        [sys.executable, "-m", "emu", *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "emu", *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        check=False,
     )
     text = run.stdout + run.stderr
     tail = command.partition("|")[2].split()
