@@ -9,7 +9,8 @@ What differs from a CPU:
 - there is no compatibility mode and there are no call gates: a far transfer to either is a #GP of its selector;
 - loading a code segment does not set the accessed bit of its descriptor;
 - BMI instructions are executed though CPUID does not announce them, and STAC and CLAC though SMAP may not be announced;
-- an instruction that begins is counted each time it begins, one that faults and restarts and each element of a REP included.
+- an instruction that begins is counted each time it begins, one that faults and restarts and each element of a REP included,
+  and so is the delivery of an exception.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ _IN_ENGINE = frozenset((
     "rflags", "cs", "ss",
 ))
 
+# Stops that end in the delivery of an exception.
+# Deliveries without an instruction between them after which none is expected any more: five megabytes of frames on one stack.
+BARREN_DELIVERIES = 100_000
+_DELIVERS = frozenset((StopReason.FAULT, StopReason.INTERRUPT, StopReason.INVALID))
+
 
 @dataclass(frozen=True, slots=True)
 class KernelEntry:
@@ -65,11 +71,18 @@ class LimitReached:
 
 
 @dataclass(frozen=True, slots=True)
+class Livelock:
+    """Exceptions are delivered one after the other, and no handler can be fetched: a CPU would do so for ever."""
+
+    rip: int
+
+
+@dataclass(frozen=True, slots=True)
 class Interrupted:
     """Somebody stopped the engine from outside."""
 
 
-CpuStop = KernelEntry | Halted | LimitReached | Interrupted
+CpuStop = KernelEntry | Halted | LimitReached | Livelock | Interrupted
 
 
 class Cpu:
@@ -102,6 +115,8 @@ class Cpu:
         self._nmi_pending = False
         self._interrupts: deque[int] = deque()
         self._interrupt_shadow = False
+        self._barren = 0
+        self._left_at_delivery = -1
         self._rip: int | None = None
         # What a delivery pushes and sets, and what IRET sets.
         self.pushed = self.engine.batch("cs", "rflags", "rsp", "ss")
@@ -250,8 +265,22 @@ class Cpu:
             reason = self.engine.step(self.rip) if step else self.engine.run(self.rip)
             self._rip = None
             stop = self._handle(reason)
+            if stop is None and reason in _DELIVERS:
+                stop = self._charge_delivery()
             if stop is not None:
                 return stop
+
+    def _charge_delivery(self) -> CpuStop | None:
+        """Count a delivery, and see whether any instruction was executed since the last one."""
+        counter = self.engine.counter
+        if counter is None:
+            return Interrupted() if self.engine.take_request() else None
+        self._barren = self._barren + 1 if counter.left == self._left_at_delivery else 0
+        counter.charge_delivery()
+        self._left_at_delivery = counter.left
+        if self._barren >= BARREN_DELIVERIES:
+            return Livelock(self.rip)
+        return LimitReached(self.rip) if counter.exhausted else None
 
     def _casts_shadow(self) -> bool:
         """Whether the next instruction is an STI that will set IF: it holds interrupts back for one more (SDM vol. 2B, STI)."""

@@ -283,6 +283,11 @@ class Engine:
             self.uc.emu_stop()
             pause.wait(_ASK_AGAIN)
 
+    def take_request(self) -> bool:
+        """Whether `stop` was called since it was last answered; this answers it."""
+        asked, self._asked = self._asked, False
+        return asked
+
     def reg(self, name: str) -> int:
         """A register by its lower-case name. Raises KeyError for an unknown one."""
         number = REGISTERS[name]

@@ -34,9 +34,18 @@ class InstructionCounter:
         return self.limit - max(self._left.value, 0)
 
     @property
+    def left(self) -> int:
+        """What may still be counted; negative once exhausted."""
+        return self._left.value
+
+    @property
     def exhausted(self) -> bool:
         """True once an instruction past the limit was refused."""
         return self._left.value < 0
+
+    def charge_delivery(self) -> None:
+        """Count the delivery of an exception: without a handler that can be fetched, deliveries alone would go on for ever."""
+        self._left.value -= 1
 
     def _step(self, uc: Uc, _la: int, _size: int, _data: object) -> None:
         self._left.value -= 1

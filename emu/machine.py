@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Self
 
-from emu.cpu import Cpu, Halted, Interrupted, KernelEntry, LimitReached
+from emu.cpu import Cpu, Halted, Interrupted, KernelEntry, LimitReached, Livelock
 from emu.descriptors import TableRegister
 from emu.engine import Engine
 from emu.exceptions import CpuException, TripleFault, Vector
@@ -322,6 +322,9 @@ class Machine:
                 case LimitReached(rip=rip):
                     kernel.printk(f"vmemu: CPU 0 reached the instruction limit at RIP {rip:#x}")
                     return "limit", None
+                case Livelock(rip=rip):
+                    kernel.printk(f"vmemu: CPU 0 delivers exceptions without end at RIP {rip:#x}: no handler can be fetched")
+                    return "livelock", None
                 case Interrupted():
                     raise WatchdogExpired
 
