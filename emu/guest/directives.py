@@ -25,6 +25,7 @@ VECTORS = {
 VECTOR_NAMES = {number: name for name, number in VECTORS.items()}
 ENDS = ("returned", "oops", "panic", "signal", "halted", "triple fault", "livelock", "bus error", "limit")
 
+_PLAIN_ENDS = ("limit", "triple-fault", "livelock", "bus-error", "halted", "signal")
 _MAX_LINE = 1000
 
 
@@ -291,9 +292,10 @@ def _parse_expectation(text: str, line: int) -> Expectation:
         return FaultCount(line, 0)
     if word in ("oops", "panic"):
         return End(line, word, _quoted(rest, word) if rest else None)
-    if word in ("limit", "triple-fault", "livelock", "bus-error", "halted", "signal") and not rest:
+    if word in _PLAIN_ENDS and not rest:
         return End(line, word.replace("-", " "))
-    known = "return, fault, faults, no-fault, oops, panic, signal, halted, triple-fault, livelock, bus-error, limit, log, no-log, memory"
+    known = "return, fault, faults, no-fault, oops, panic, signal, halted, triple-fault, livelock, bus-error, limit, log, "
+    known += "no-log, memory"
     raise ValueError(f"unknown expectation {text[:60]!r} (known: {known})")
 
 
