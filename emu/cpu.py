@@ -45,7 +45,7 @@ _IN_ENGINE = frozenset((
 # Stops that end in the delivery of an exception.
 # Deliveries without an instruction between them after which none is expected any more: five megabytes of frames on one stack.
 BARREN_DELIVERIES = 100_000
-_DELIVERS = frozenset((StopReason.FAULT, StopReason.INTERRUPT, StopReason.INVALID))
+_FAULT, _INTERRUPT, _INVALID = StopReason.FAULT, StopReason.INTERRUPT, StopReason.INVALID
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +265,7 @@ class Cpu:
             reason = self.engine.step(self.rip) if step else self.engine.run(self.rip)
             self._rip = None
             stop = self._handle(reason)
-            if stop is None and reason in _DELIVERS:
+            if stop is None and (reason is _FAULT or reason is _INTERRUPT or reason is _INVALID):
                 stop = self._charge_delivery()
             if stop is not None:
                 return stop

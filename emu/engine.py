@@ -146,6 +146,7 @@ class Engine:
         self._reg_read = uclib.uc_reg_read
         self._reg_write = uclib.uc_reg_write
         self._emu_start = uclib.uc_emu_start
+        self._emu_stop = uclib.uc_emu_stop
         self._word = ctypes.c_uint64()
         self._word_address = ctypes.byref(self._word)
         self.counter = None if limit is None else InstructionCounter(self.uc, limit)
@@ -154,6 +155,8 @@ class Engine:
         self.fault_page = 0
         self.vector = 0
         self._reason: StopReason | None = None
+        # Where the last INTERCEPT stopped, and the bytes there.
+        self.intercepted: tuple[int, bytes] | None = None
         self._running = False
         self._asked = False
         self._soft_tlb_stale = False
@@ -230,6 +233,7 @@ class Engine:
             self._flush_soft_tlb()
         self._reason = None
         self.fault = None
+        self.intercepted = None
         self._translate_again = False
         if until is not None:
             self.uc.ctl_set_exits([until])
@@ -430,13 +434,15 @@ class Engine:
 
     def _on_candidate(self, uc: Uc, la: int, size: int, _data: object) -> None:
         try:
-            instruction = _stops(self.peek(la, MAX_LENGTH))
+            code = self.peek(la, MAX_LENGTH)
+            instruction = _stops(code)
             if instruction is None or (instruction.name in PORTS and self._may_use_ports()):
                 return
+            self.intercepted = la, code
         except (PageFault, NonCanonical, BusError):
-            pass  # it can no longer be fetched, which whoever executes the instruction finds out
+            self.intercepted = None  # it can no longer be fetched, which whoever executes the instruction finds out
         self._reason = StopReason.INTERCEPT
-        uc.emu_stop()
+        self._emu_stop(self._handle)
 
     def _may_use_ports(self) -> bool:
         """CPL is not above IOPL (SDM vol. 1 19.5.1); else the I/O permission bitmap decides."""

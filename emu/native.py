@@ -283,6 +283,7 @@ class NativeEngine(Engine):
         if unhooked:
             self._discard = start, size
             self._translate_again = True
+            self.intercepted = None
             self._reason = StopReason.INTERCEPT
             uc.emu_stop()
 

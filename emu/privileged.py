@@ -52,7 +52,8 @@ _MSR_TSC_AUX = 0xC000_0103
 
 def execute(cpu: Cpu) -> None:
     """Execute the intercepted instruction at RIP. Raises CpuException and PageFault with RIP unchanged."""
-    code = cpu.engine.peek(cpu.rip, MAX_LENGTH)
+    at = cpu.engine.intercepted
+    code = at[1] if at is not None and at[0] == cpu.rip else cpu.engine.peek(cpu.rip, MAX_LENGTH)
     instruction = recognise(code)
     handler = None if instruction is None else _HANDLERS.get(instruction.name)
     try:

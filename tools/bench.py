@@ -307,7 +307,7 @@ def _faults(scale: Scale, present: bool) -> Measured:
     def run() -> float:
         for pa in entries:
             machine.memory.u64[pa >> 3] &= ~1
-        machine.faults.clear()
+        machine.forget_faults()
         bench.forget()
         taken = bench.call("demand" if present else "skip", rdi=la, rcx=count, r8=where)
         faults = machine.statistics.exceptions[14]

@@ -74,7 +74,7 @@ class GuestMachine:
         """Load instructions and a RET as a module, and run them in a new thread; an oops ends only that thread."""
         self._runs += 1
         source = "section .text\ninit_module:\n" + "".join(f"    {line}\n" for line in (*instructions, "ret"))
-        self.machine.faults.clear()
+        self.machine.forget_faults()
         outcome = self.machine.run(assemble(source, f"guest{self._runs}.asm"))
         return self._ran(outcome.ended, outcome.returned)
 
@@ -84,7 +84,7 @@ class GuestMachine:
 
     def _probe(self, name: str, la: int, value: int = 0, *, interrupt: bool = False) -> Ran:
         machine, cpu = self.machine, self.machine.cpu
-        machine.faults.clear()
+        machine.forget_faults()
         thread = self.kernel.create_thread("probe")
         for register, number in (("rsp", initial_rsp(thread)), ("rbx", self._probes[name]), ("r12", la), ("r13", value)):
             cpu.set_reg(register, number)
