@@ -91,15 +91,9 @@ def _attempt(
 ) -> tuple[RunResult, Machine]:
     events: list[Event] = []
     sink: Sink = events.append if keep_events else discard
-    machine = _build(config, counted, sink)
+    machine = Machine(config, limit=counted, sink=sink)
     outcome = machine.run(program, timeout=timeout)
     failures = tuple(judge(program.directives.expectations, outcome))
     places = tuple(machine.place_of(fault.address) for fault in outcome.faults if fault.address is not None)
     result = RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, tuple(events))
     return result, machine
-
-
-def _build(config: MachineConfig, limit: int | None, sink: Sink) -> Machine:
-    return Machine(config, limit=limit, sink=sink)
-
-
