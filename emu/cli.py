@@ -80,6 +80,13 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
                        help="randomise the address map from the seed (default off)")
     group.add_argument("--pti", type=_switch, metavar="on|off", nargs="?", const=True,
                        help="page-table isolation: no kernel mappings in user tables (default off)")
+    for name, what in (
+        ("gbpages", "1 GiB pages in the CPU (default on)"),
+        ("nogbpages", "kernel parameter: no 1 GiB pages in the direct map (default off)"),
+        ("nohugevmalloc", "kernel parameter: vmalloc in 4 KiB pages only (default off)"),
+        ("nohugeiomap", "kernel parameter: ioremap in 4 KiB pages only (default off)"),
+    ):
+        group.add_argument(f"--{name}", type=_switch, metavar="on|off", nargs="?", const=True, help=what)
     group.add_argument("--seed", type=_integer(0, _MAX_INTEGER - 1), metavar="N", help="seed of all randomness (default 0)")
     group.add_argument("--max-instructions", type=_integer(1, _MAX_INTEGER >> 2), metavar="N",
                        help="bound of the guest's run (default 1000000000)")
@@ -130,8 +137,9 @@ def _add_state_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _overrides(arguments: argparse.Namespace) -> MachineOptions:
     return MachineOptions(
         levels=arguments.levels, memory=arguments.memory, kernel=arguments.kernel, nodes=arguments.nodes, cpus=arguments.cpus,
-        tlb=arguments.tlb, native=arguments.native, kaslr=arguments.kaslr, pti=arguments.pti, seed=arguments.seed,
-        max_instructions=arguments.max_instructions,
+        tlb=arguments.tlb, native=arguments.native, kaslr=arguments.kaslr, pti=arguments.pti, gbpages=arguments.gbpages,
+        nogbpages=arguments.nogbpages, nohugevmalloc=arguments.nohugevmalloc, nohugeiomap=arguments.nohugeiomap,
+        seed=arguments.seed, max_instructions=arguments.max_instructions,
     )
 
 

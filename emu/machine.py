@@ -75,7 +75,10 @@ _PART_OF = {
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """What machine to build. `memory` in bytes; `kernel` a profile's name; `tlb` a TlbMode's value."""
+    """What machine to build. `memory` in bytes; `kernel` a profile's name; `tlb` a TlbMode's value.
+
+    `gbpages` false: a CPU without 1 GiB pages. `nogbpages`, `nohugevmalloc`, `nohugeiomap`: the kernel parameters of these names.
+    """
 
     levels: int = 4
     cpus: int = 1
@@ -86,6 +89,10 @@ class MachineConfig:
     native: bool = False
     kaslr: bool = False
     pti: bool = False
+    gbpages: bool = True
+    nogbpages: bool = False
+    nohugevmalloc: bool = False
+    nohugeiomap: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -157,10 +164,11 @@ class Machine:
         self.statistics = Statistics()
         profile = find_profile(config.kernel)
         self.memory = Memory(config.memory, config.nodes)
-        features = Features(la57=config.levels == 5)
+        features = Features(la57=config.levels == 5, gbpages=config.gbpages)
         self.kernel = Kernel(
             self.memory, profile, self, levels=config.levels, random=Random(config.seed) if config.kaslr else None,
-            seed=config.seed, gbpages=features.gbpages, pti=config.pti, gp_access=self._gp_access,
+            seed=config.seed, gbpages=features.gbpages, direct_gbpages=not config.nogbpages, hugevmalloc=not config.nohugevmalloc,
+            hugeiomap=not config.nohugeiomap, pti=config.pti, gp_access=self._gp_access,
         )
         ModuleApi(self.kernel)
         register_percpu(self.kernel)

@@ -42,6 +42,10 @@ class MachineOptions:
     native: bool | None = None
     kaslr: bool | None = None
     pti: bool | None = None
+    gbpages: bool | None = None
+    nogbpages: bool | None = None
+    nohugevmalloc: bool | None = None
+    nohugeiomap: bool | None = None
     seed: int | None = None
     max_instructions: int | None = None
 
@@ -172,6 +176,10 @@ _MACHINE_KEYS: dict[str, Callable[[str], Any]] = {
     "native": _switch,
     "kaslr": _switch,
     "pti": _switch,
+    "gbpages": _switch,
+    "nogbpages": _switch,
+    "nohugevmalloc": _switch,
+    "nohugeiomap": _switch,
     "seed": _bounded(0, (1 << 64) - 1),
     "max-instructions": _bounded(1, (1 << 62)),
 }

@@ -85,6 +85,7 @@ class InitMm(PageTable):
         report: Report,
         *,
         gbpages: bool = True,
+        direct_gbpages: bool = True,
         pti: bool = False,
     ) -> None:
         self.static_tables = layout.pa(layout.kernel_data)
@@ -94,6 +95,7 @@ class InitMm(PageTable):
         self.profile = profile
         self.prots = make_pgprots(profile, pti=pti)
         self.pti = pti
+        self.direct_gbpages = direct_gbpages
         self.sync_pgds = profile.preallocated_vmalloc
 
     def build(self, vmemmap: tuple[Vmemmap, ...]) -> None:
@@ -134,7 +136,9 @@ class InitMm(PageTable):
     def _map_direct(self) -> None:
         size = self.memory.size
         self._boot_map(self.layout.va(0), PMD_SIZE, 0, self.prots.kernel, PAGE_SHIFT)
-        self._boot_map(self.layout.va(PMD_SIZE), size - PMD_SIZE, PMD_SIZE, self.prots.kernel, PUD_SHIFT)
+        # v6.12 arch/x86/mm/init.c probe_page_size_mask.
+        max_page_shift = PUD_SHIFT if self.direct_gbpages else PMD_SHIFT
+        self._boot_map(self.layout.va(PMD_SIZE), size - PMD_SIZE, PMD_SIZE, self.prots.kernel, max_page_shift)
         # mark_rodata_ro: no CPU runs yet, so nothing can be stale.
         alias = self.layout.va(self.layout.kernel_phys)
         pages = (KERNEL_TEXT_SIZE + KERNEL_RODATA_SIZE) >> PAGE_SHIFT
@@ -225,6 +229,7 @@ def setup_kernel_memory(
     report: Report,
     *,
     gbpages: bool = True,
+    direct_gbpages: bool = True,
     pti: bool = False,
     nr_cpus: int = 1,
     cpu_to_node: Callable[[int], int] = lambda cpu: 0,
@@ -244,7 +249,7 @@ def setup_kernel_memory(
     vmemmap = _alloc_vmemmap(memory, memblock, layout)
     percpu = pcpu_embed_first_chunk(memblock, layout, profile, nr_cpus, cpu_to_node)
     pages = PageAllocator(memory, memblock)
-    init_mm = InitMm(memory, pages, layout, profile, report, gbpages=gbpages, pti=pti)
+    init_mm = InitMm(memory, pages, layout, profile, report, gbpages=gbpages, direct_gbpages=direct_gbpages, pti=pti)
     init_mm.build(vmemmap)
     return KernelMemory(memblock, pages, init_mm, percpu)
 

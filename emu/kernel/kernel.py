@@ -101,12 +101,14 @@ class Kernel:
     """A booted kernel over `memory`.
 
     `random` is the machine's generator, None without KASLR. `gp_access` decodes an instruction's memory operand for the text of a
-    #GP. Raises ValueError or MemoryError when RAM is too small to boot.
+    #GP. `direct_gbpages`, `hugevmalloc` and `hugeiomap` are false after the kernel parameters nogbpages, nohugevmalloc and
+    nohugeiomap. Raises ValueError or MemoryError when RAM is too small to boot.
     """
 
     def __init__(
         self, memory: Memory, profile: Profile, tlb: TlbFlush, *, levels: int, nr_cpus: int = 1, random: Random | None = None,
-        seed: int = 0, gbpages: bool = True, smep: bool = True, smap: bool = True, pti: bool = False,
+        seed: int = 0, gbpages: bool = True, direct_gbpages: bool = True, hugevmalloc: bool = True, hugeiomap: bool = True,
+        smep: bool = True, smap: bool = True, pti: bool = False,
         gp_access: Callable[[PtRegs], tuple[int, int] | None] = lambda regs: None,
     ) -> None:
         self.memory = memory
@@ -119,7 +121,8 @@ class Kernel:
         self.layout = make_layout(levels, memory_size=memory.size, kaslr=random)
         self.cpus = OnlineCpus(nr_cpus, len(memory.nodes))
         floor = setup_kernel_memory(
-            memory, self.layout, profile, self, gbpages=gbpages, pti=pti, nr_cpus=nr_cpus, cpu_to_node=self.cpus.cpu_to_node
+            memory, self.layout, profile, self, gbpages=gbpages, direct_gbpages=direct_gbpages, pti=pti, nr_cpus=nr_cpus,
+            cpu_to_node=self.cpus.cpu_to_node,
         )
         self.pages, self.init_mm = floor.pages, floor.init_mm
         self._threads: dict[int, KernelThread] = {}
@@ -135,7 +138,10 @@ class Kernel:
         if not profile.preallocated_vmalloc:
             space.vmalloc_sync_unmappings = self.init_mm.vmalloc_sync_unmappings
         self.vmalloc = Vmalloc(space, self.init_mm, self.slab, self, self)
+        self.vmalloc.vmap_allow_huge &= hugevmalloc
         self.vmap = Vmap(self.vmalloc)
+        if not hugeiomap:
+            self.vmap.ioremap_max_page_shift = PAGE_SHIFT
         self.vmap_blocks = VmapBlocks(self.vmalloc)
         self.ioremap = Ioremap(self.vmap, floor.memblock, self._dump_stack)
         self.vmalloc.vmalloc_init()

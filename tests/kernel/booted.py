@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from kernel_floor import RecordedFlushes
+from vmap_machine import Kernel as Parts
+from vmap_machine import Task
 
 from emu.guest.asm import assemble
 from emu.guest.expect import Outcome
@@ -33,6 +35,15 @@ def row_of(kernel: Kernel, la: int) -> str:
 
 def machine(**config: object) -> Machine:
     return Machine(MachineConfig(**{"memory": 64 * MIB, **config}), limit=1_000_000)
+
+
+def parts(of: Kernel) -> Parts:
+    """A booted machine's kernel as the recordings are compared with it; its warnings are kept and not printed."""
+    task = Task()
+    of.warn = task.warn
+    return Parts(
+        task, of.init_mm, of.pages, of.slab, of.vmalloc.space, of.vmalloc, of.vmap, of.vmap_blocks, of.ioremap.memblock
+    )
 
 
 def run(on: Machine, body: str) -> Outcome:

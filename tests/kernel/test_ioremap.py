@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import booted
 import pytest
 from kernel_floor import recorded_facts
 from test_vmalloc_facts import ENTRY_FLAGS, LEVELS, model_runs, number, present_runs
@@ -17,13 +18,16 @@ from emu.kernel.vmallocinfo import vmallocinfo_rows
 PAGE = 4096
 BAR = 0xFD000000
 FILES = ["main-6.12-4l", "main-6.12-5l", "main-6.1-4l", "main-6.1-5l", "nogb-6.12-4l", "nohugeiomap-6.12-4l"]
+# The recorded nogb is a CPU without 1 GiB pages.
+OPTIONS = {"nogb": "gbpages", "nohugeiomap": "nohugeiomap"}
 
 
 def machine(name: str = "main-6.12-4l") -> tuple[Kernel, Ioremap]:
     option, version, levels = name.split("-")
-    k = kernel(find_profile(version), levels=int(levels[0]), gbpages=option != "nogb")
-    if option == "nohugeiomap":
-        k.vmap.ioremap_max_page_shift = 12
+    if option != "main":
+        made = booted.machine(kernel=version, levels=int(levels[0]), **{OPTIONS[option]: option != "nogb"}).kernel
+        return booted.parts(made), made.ioremap
+    k = kernel(find_profile(version), levels=int(levels[0]))
     return k, Ioremap(k.vmap, k.memblock)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from booted import machine, parts
 from kernel_floor import ORACLE, recorded_facts
 from vmap_machine import Kernel, kernel
 
@@ -39,9 +40,9 @@ GFPS = {
 
 def booted(name: str) -> Kernel:
     option, version, levels = name.split("-")
-    made = kernel(find_profile(version), size=1 << 30, levels=int(levels[0]), pti=option == "pti")
-    made.vmalloc.vmap_allow_huge = option != "nohugevmalloc"
-    return made
+    if option == "nohugevmalloc":
+        return parts(machine(kernel=version, levels=int(levels[0]), memory=1 << 30, nohugevmalloc=True).kernel)
+    return kernel(find_profile(version), size=1 << 30, levels=int(levels[0]), pti=option == "pti")
 
 
 def number(text: str) -> int:

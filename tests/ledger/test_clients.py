@@ -112,9 +112,9 @@ def test_C31_who_may_have_large_leaves_is_decided_by_parameter_flag_and_size():
         return int(g.machine.cpu.mmu.query(la + size - 8).level)
 
     assert [level(0, PMD), level(Vm.ALLOW_HUGE_VMAP, PMD - PAGE), level(Vm.ALLOW_HUGE_VMAP, PMD)] == [1, 1, 2]
-    v.vmap_allow_huge = False
+    g = GuestMachine(nohugevmalloc=True, nohugeiomap=True)
+    v, mm = g.kernel.vmalloc, g.kernel.init_mm
     assert level(Vm.ALLOW_HUGE_VMAP, PMD) == 1
-    g.kernel.vmap.ioremap_max_page_shift = 12
     device = g.call("ioremap", 1 << 38, PMD).returned
     assert mm.lookup(device).level == 1
 

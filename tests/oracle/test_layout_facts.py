@@ -12,7 +12,7 @@ from emu.kernel.kernel import Kernel
 from emu.kernel.profile import find_profile
 from emu.kernel.task import THREAD_SIZE
 from emu.kernel.vm_struct import IOREMAP_MAX_ORDER, Vm
-from emu.machine import LINUX_CR0, LINUX_CR4, LINUX_EFER, LINUX_PAT
+from emu.machine import LINUX_CR0, LINUX_CR4, LINUX_EFER, LINUX_PAT, Machine, MachineConfig
 from emu.memory import Memory
 from emu.mmu.registers import Cr4
 
@@ -33,8 +33,10 @@ OSXSAVE = 1 << 18
 @cache
 def booted(name: str) -> Kernel:
     option, version, levels = name.split("-")
+    if option == "nogb":
+        return Machine(MachineConfig(memory=RAM, kernel=version, levels=int(levels[0]), gbpages=False)).kernel
     return Kernel(
-        Memory(RAM), find_profile(version), RecordedFlushes(), levels=int(levels[0]), gbpages=option != "nogb", pti=option == "pti",
+        Memory(RAM), find_profile(version), RecordedFlushes(), levels=int(levels[0]), pti=option == "pti",
         random=Random(1) if option == "kaslr1" else None,
     )  # fmt: skip
 
