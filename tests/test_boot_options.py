@@ -38,7 +38,7 @@ def test_without_options_every_kind_has_its_largest_leaf():
 def test_a_cpu_without_1_gib_pages_has_none_anywhere_and_does_not_announce_them():
     made = machine(gbpages=False)
     assert (direct_leaf(made), device_leaf(made), vmalloc_leaf(made)) == (PgLevel.PG_2M,) * 3
-    lines = ("section .text", "init_module:", "mov eax, 0x80000001", "cpuid", "mov eax, edx", "shr eax, 26", "and eax, 1", "ret", "")
+    lines = ("section .text", "init_module:", "mov eax, 0x80000001", "cpuid", "mov eax, edx", "shr eax, 26", "and eax, 1", "ret\n")
     assert made.run(assemble("\n".join(lines), "a.asm")).returned == 0
 
 
