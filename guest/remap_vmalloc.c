@@ -23,16 +23,28 @@ static u64 read_user(unsigned long mm, unsigned long addr)
 int init_module(void)
 {
 	unsigned long mm = vmemu_new_mm();
-	u64 *shared = vmalloc_user(2 * PAGE_SIZE), *plain = vmalloc(PAGE_SIZE);
+	struct vm_area_struct *vma = vmemu_mmap(mm, USER, 2 * PAGE_SIZE);
+	u64 *shared = vmalloc_user(2 * PAGE_SIZE), *plain = vmalloc(2 * PAGE_SIZE);
+	struct page *page = vmalloc_to_page(shared);
 
 	shared[PAGE_SIZE / 8] = 0x1234;
-	if (vmemu_remap_vmalloc_range(mm, USER, plain, 0, PAGE_SIZE) != -EINVAL)
+	if (vma->vm_start != USER || vma->vm_end != USER + 2 * PAGE_SIZE)
 		return 1;
-	if (vmemu_remap_vmalloc_range(mm, USER, shared, 1, 2 * PAGE_SIZE) != -EINVAL)
+	if (remap_vmalloc_range(vma, plain, 0) != -EINVAL || remap_vmalloc_range(vma, shared, 1) != -EINVAL)
 		return 2;
-	if (vmemu_remap_vmalloc_range(mm, USER, shared, 0, 2 * PAGE_SIZE))
+	if (vma->vm_flags & (VM_MIXEDMAP | VM_DONTEXPAND))
 		return 3;
-	return read_user(mm, USER + PAGE_SIZE) == 0x1234 ? 0 : 4;
+	if (remap_vmalloc_range(vma, shared, 0))
+		return 4;
+	if (!(vma->vm_flags & VM_MIXEDMAP) || !(vma->vm_flags & VM_DONTEXPAND) || !(vma->vm_flags & VM_DONTDUMP))
+		return 5;
+	if (remap_vmalloc_range_partial(vma, USER, shared, 0, PAGE_SIZE) != -EBUSY)
+		return 6;
+	if (remap_vmalloc_range_partial(vma, USER + 2 * PAGE_SIZE, shared, 0, PAGE_SIZE) != -EFAULT)
+		return 7;
+	if (read_user(mm, USER + PAGE_SIZE) != 0x1234 || page_count(page) != 2)
+		return 8;
+	return vmemu_munmap(vma) || page_count(page) != 1 ? 9 : 0;
 }
 
 MODULE_LICENSE("GPL");

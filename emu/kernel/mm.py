@@ -11,15 +11,17 @@ for user protections; mm/memory.c vm_insert_page.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from collections import Counter
 
 import numpy as np
 
 from emu.kernel.gfp import GFP_PGTABLE_USER
 from emu.kernel.init_64 import PTI_USER_PGD, InitMm
+from emu.kernel.kernel_cpu import TlbFlush
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE
 from emu.kernel.pgprot import ACCESSED, DIRTY, NX, PRESENT, RW, USER
 from emu.kernel.pgtable import FlushRange, PageTable
+from emu.mmu.entry import PHYSICAL_MASK
 
 PAGE_SHARED = PRESENT | RW | USER | ACCESSED | NX
 PAGE_SHARED_EXEC = PRESENT | RW | USER | ACCESSED
@@ -53,7 +55,8 @@ class Mm(PageTable):
         if init_mm.pti:
             self.table_ignored |= NX
         init_mm.pgds[self.pgd] = None
-        self._owned: list[int] = []
+        # References that this mm holds, by frame.
+        self._owned: Counter[int] = Counter()
 
     @property
     def user_pgd(self) -> int:
@@ -94,7 +97,7 @@ class Mm(PageTable):
             if len(pfns) < count:
                 self.pages.free_pages_bulk(pfns)
                 return -errno.ENOMEM
-            self._owned += pfns.tolist()
+            self._owned.update(pfns.tolist())
         return self.vmap_pages_range_noflush(la, la + size, prot, pfns)
 
     def insert_page(self, la: int, pfn: int, prot: int) -> int:
@@ -112,7 +115,7 @@ class Mm(PageTable):
             return flush
         flush.defer()  # nothing was mapped: it is empty
         self.pages.get_page(pfn)
-        self._owned.append(pfn)
+        self._owned[pfn] += 1
         return 0
 
     def _check_user(self, la: int, size: int) -> None:
@@ -126,33 +129,21 @@ class Mm(PageTable):
         self._check_user(la, size)
         return self.vunmap_range_noflush(la, la + size)
 
+    def zap(self, la: int, size: int, tlb: TlbFlush) -> None:
+        """Clear user [la, la + size), flush it, and put the frames that the mm held there. ValueError as map_user."""
+        self._check_user(la, size)
+        pfns = [(entry & PHYSICAL_MASK) >> PAGE_SHIFT for _, entry, _ in self.leaves(la, la + size)]
+        self.vunmap_range_noflush(la, la + size).flush(tlb)
+        for pfn in pfns:
+            if self._owned[pfn]:
+                self._owned[pfn] -= 1
+                self.pages.put_page(pfn)
+
     def destroy(self) -> None:
         """Free user tables, owned frames and the PGD. No CPU may have this mm loaded, nor cached anything of it."""
         self.init_mm.pgds.pop(self.pgd)
         self.free_pgtables(0, KERNEL_PGD_BOUNDARY << (9 * self.levels + 3)).defer()
-        for pfn in self._owned:
+        for pfn in self._owned.elements():
             self.pages.put_page(pfn)
-        self._owned = []
+        self._owned.clear()
         self.pages.free_pages(self.pgd >> PAGE_SHIFT, self._pgd_order)
-
-
-@dataclass(slots=True)
-class Vma:
-    """A mapping [vm_start, vm_end) of a user mm (Linux: struct vm_area_struct), whose pages get `prot`."""
-
-    mm: Mm
-    vm_start: int
-    vm_end: int
-    prot: int = PAGE_SHARED
-    dontexpand: bool = False
-    dontdump: bool = False
-
-    def vm_insert_page(self, uaddr: int, pfn: int) -> int:
-        """Map one frame: 0, -EFAULT outside the mapping, else as Mm.insert_page."""
-        if not self.vm_start <= uaddr < self.vm_end:
-            return -errno.EFAULT
-        return self.mm.insert_page(uaddr, pfn, self.prot)
-
-    def set_dontexpand_dontdump(self) -> None:
-        """VM_DONTEXPAND and VM_DONTDUMP."""
-        self.dontexpand = self.dontdump = True

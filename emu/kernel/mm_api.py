@@ -10,10 +10,10 @@ import errno
 from emu.kernel.kernel import Kernel
 from emu.kernel.layout import PAGE_SIZE
 from emu.kernel.mempolicy import Mempolicy, Mpol
-from emu.kernel.mm import PAGE_SHARED, PAGE_SHARED_EXEC, Mm, Vma
+from emu.kernel.mm import PAGE_SHARED, PAGE_SHARED_EXEC, Mm
 from emu.kernel.page_alloc import NUMA_NO_NODE
 from emu.kernel.task import KernelThread
-from emu.kernel.vread import remap_vmalloc_range_partial
+from emu.kernel.vma import UserMappings
 
 _MAX_USER_PAGES = 1 << 18
 
@@ -28,6 +28,7 @@ class MmApi:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.mms: dict[int, Mm] = {}
+        self.mappings = UserMappings(kernel, self.mms)
         self.forked: dict[int, KernelThread] = {}
         export = kernel.symbols.register
         export("vmemu_new_mm", self._new_mm, 0)
@@ -35,7 +36,6 @@ class MmApi:
         export("vmemu_init_mm", lambda: kernel.init_mm.pgd, 0)
         export("vmemu_user_pgd", self._user_pgd, 1)
         export("vmemu_map_user", self._map_user, 4)
-        export("vmemu_remap_vmalloc_range", self._remap_vmalloc_range, 5)
         export("vmemu_vmalloc_sync_mappings", kernel.init_mm.vmalloc_sync_mappings, 0)
         export("vmemu_set_mempolicy", lambda mode, nodes: self._set_mempolicy(_int(mode), nodes), 2)
         export("vmemu_fork", lambda node: self._fork(_int(node)), 1)
@@ -56,7 +56,9 @@ class MmApi:
             return -errno.EINVAL
         if self.kernel.cpu.reg("cr3") & -PAGE_SIZE in (pgd, self.mms[pgd].user_pgd):
             return -errno.EBUSY
-        self.mms.pop(pgd).destroy()
+        mm = self.mms.pop(pgd)
+        self.mappings.forget(mm)
+        mm.destroy()
         return 0
 
     def _user_pgd(self, pgd: int) -> int:
@@ -72,14 +74,6 @@ class MmApi:
             return mm.map_user(la, size, PAGE_SHARED_EXEC if executable & 1 else PAGE_SHARED)
         except ValueError:
             return -errno.EINVAL
-
-    def _remap_vmalloc_range(self, pgd: int, uaddr: int, la: int, pgoff: int, size: int) -> int:
-        """remap_vmalloc_range_partial into a mapping [uaddr, uaddr + size) of an mm: 0 or a negative errno."""
-        mm = self.mms.get(pgd)
-        if mm is None or size > _MAX_USER_PAGES * PAGE_SIZE or uaddr + size > self.kernel.layout.task_size_max:
-            return -errno.EINVAL
-        vma = Vma(mm, uaddr, uaddr + (size + PAGE_SIZE - 1 & -PAGE_SIZE))
-        return remap_vmalloc_range_partial(self.kernel.vmalloc, vma, uaddr, la, pgoff, size)
 
     def _set_mempolicy(self, mode: int, nodes: int) -> int:
         """set_mempolicy() for the current thread, with a mask of nodes: 0 or -EINVAL."""

@@ -9,6 +9,8 @@ from emu.kernel.vm_struct import VM_IOREMAP, VM_SPARSE, VM_UNINITIALIZED, VM_USE
 from emu.kernel.vmap_area import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, VMAP_BLOCK, VMAP_FLAGS_MASK, VMAP_RAM
 from emu.kernel.vmap_block import VMAP_BBMAP_BITS, VmapBlocks
 
+# Offset of page->compound_head, which a NULL page is asked for.
+_COMPOUND_HEAD = 8
 _USER_MAPPABLE = VM_USERMAP | int(Vm.DMA_COHERENT)
 
 
@@ -94,8 +96,13 @@ def _set_ranges(bitmap: int) -> list[tuple[int, int]]:
 class UserArea(Protocol):
     """A mapping of a user mm (Linux: struct vm_area_struct)."""
 
-    vm_start: int
-    vm_end: int
+    @property
+    def vm_start(self) -> int:
+        """First address."""
+
+    @property
+    def vm_end(self) -> int:
+        """The address behind the last."""
 
     def vm_insert_page(self, uaddr: int, pfn: int) -> int:
         """Map one frame at `uaddr`, taking a reference: 0 or a negative errno."""
@@ -108,7 +115,8 @@ def remap_vmalloc_range_partial(areas: VmAreas, vma: UserArea, uaddr: int, kaddr
     """Map `size` bytes of a VM_USERMAP area, from page `pgoff` behind `kaddr`, at `uaddr`.
 
     -EINVAL for overflow, misalignment, no area, another kind of area, or beyond its end; else what vm_insert_page says.
-    As in Linux the end is measured from the area's start, whatever page of it `kaddr` is.
+    As in Linux the end is measured from the area's start, whatever page of it `kaddr` is, so that the walk may come to the guard
+    page: the access to the struct page that is not there faults, unless the mapping ends before. Raises PageFault then.
     """
     offset = pgoff << PAGE_SHIFT
     size = size + PAGE_SIZE - 1 & -PAGE_SIZE & ULONG_MAX
@@ -119,9 +127,14 @@ def remap_vmalloc_range_partial(areas: VmAreas, vma: UserArea, uaddr: int, kaddr
         return -errno.EINVAL
     if size + offset > area.get_vm_area_size():
         return -errno.EINVAL
-    for done in range(0, max(size, PAGE_SIZE), PAGE_SIZE):
+    # Size 0 is not looked at before it has been counted down past 0: mapping ends where one of the ranges does.
+    for done in range(0, size or ULONG_MAX, PAGE_SIZE):
         pfn = areas.vmalloc_to_pfn(kaddr + offset + done)
-        err = -errno.EINVAL if pfn is None else vma.vm_insert_page(uaddr + done, pfn)
+        if pfn is None:
+            if vma.vm_start <= uaddr + done < vma.vm_end:
+                areas.context.load(_COMPOUND_HEAD)
+            return -errno.EFAULT
+        err = vma.vm_insert_page(uaddr + done, pfn)
         if err:
             return err
     vma.set_dontexpand_dontdump()

@@ -13,6 +13,7 @@ _IOREMAP = "arch/x86/mm/ioremap.c"
 _SET_MEMORY = "arch/x86/mm/pat/set_memory.c"
 _IOMEM = "kernel/iomem.c"
 _UTIL = "mm/util.c"
+_MEMORY = "mm/memory.c"
 _VERSIONS = ("6.12", "6.1")
 
 
@@ -115,6 +116,10 @@ _BUGS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "vmap_pte_range": _both("vmap_range_noflush", 113, 114),
     },
     _IOREMAP: {"iounmap": _both("iounmap", 501, 495)},
+    _MEMORY: {
+        "vm_insert_page:mmap_read_trylock": _both("vm_insert_page", 2224, 2054),
+        "vm_insert_page:VM_PFNMAP": _both("vm_insert_page", 2225, 2055),
+    },
     "mm/slub.c": {"double free": _both("kfree", 550, 419)},
 }
 
@@ -144,6 +149,6 @@ def find_bug_site(version: str, function: str, condition: str = "") -> Site:
 
 
 def site_symbols(version: str) -> tuple[str, ...]:
-    """The functions that the sites of a version stand in, sorted."""
+    """The functions that the sites of a version stand in, sorted, but for those that vma.py exports later."""
     sites = (*_WARN_SITES.get(version, {}).values(), *_BUG_SITES.get(version, {}).values())
-    return tuple(sorted({site.symbol for site in sites}))
+    return tuple(sorted({site.symbol for site in sites if site.file != _MEMORY}))

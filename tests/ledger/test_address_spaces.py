@@ -194,10 +194,12 @@ def test_O08_a_guest_maps_vmalloc_user_memory_into_an_mm_and_both_addresses_are_
     mov r12, rax
     mov rdi, rax
     mov esi, 0x400000
-    mov rdx, rbx
-    xor ecx, ecx
-    mov r8d, 8192
-    call vmemu_remap_vmalloc_range
+    mov edx, 8192
+    call vmemu_mmap
+    mov rdi, rax
+    mov rsi, rbx
+    xor edx, edx
+    call remap_vmalloc_range
     test eax, eax
     jnz .out
     mov cr3, r12
@@ -230,10 +232,12 @@ def test_O08_plain_vmalloc_memory_is_refused_with_einval():
     call vmemu_new_mm
     mov rdi, rax
     mov esi, 0x400000
-    mov rdx, rbx
-    xor ecx, ecx
-    mov r8d, 8192
-    call vmemu_remap_vmalloc_range
+    mov edx, 8192
+    call vmemu_mmap
+    mov rdi, rax
+    mov rsi, rbx
+    xor edx, edx
+    call remap_vmalloc_range
     pop rbx
     ret""")
     assert outcome.returned == (1 << 64) - 22

@@ -27,6 +27,29 @@ void get_page(struct page *page);
 void put_page(struct page *page);
 bool is_vmalloc_addr(const void *x);
 
+#define VM_READ 0x00000001
+#define VM_WRITE 0x00000002
+#define VM_SHARED 0x00000008
+#define VM_PFNMAP 0x00000400
+#define VM_DONTEXPAND 0x00040000
+#define VM_DONTDUMP 0x04000000
+#define VM_MIXEDMAP 0x10000000
+
+struct mm_struct;
+
+/* A mapping of user space, as far as it is modelled; 6.1 and 6.12. */
+struct vm_area_struct {
+	unsigned long vm_start;
+	unsigned long vm_end;
+	struct mm_struct *vm_mm;
+	pgprot_t vm_page_prot;
+	unsigned long vm_flags;
+	unsigned long __not_modelled[19];
+};
+
+/* 0, -EFAULT outside the mapping, -EINVAL for a page of the slab or of nobody, -EBUSY where a page is mapped, -ENOMEM. */
+int vm_insert_page(struct vm_area_struct *vma, unsigned long addr, struct page *page);
+
 /*
  * kmalloc, and vmalloc where that fails for more than a page. NULL: no memory; gfp may not sleep; above INT_MAX, with a WARN
  * unless __GFP_NOWARN.

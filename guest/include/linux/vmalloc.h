@@ -83,6 +83,14 @@ static inline size_t get_vm_area_size(const struct vm_struct *area)
 bool is_vmalloc_or_module_addr(const void *x);
 unsigned long vmalloc_nr_pages(void);
 
+/*
+ * Give memory of vmalloc_user() to user space: the whole mapping, or `size` bytes of it. -EINVAL: unaligned, no area, memory of
+ * another kind, beyond its end; else what vm_insert_page() says.
+ */
+int remap_vmalloc_range(struct vm_area_struct *vma, void *addr, unsigned long pgoff);
+int remap_vmalloc_range_partial(struct vm_area_struct *vma, unsigned long uaddr, void *kaddr, unsigned long pgoff,
+				unsigned long size);
+
 /* NULL where nothing is mapped; the number is then meaningless. */
 struct page *vmalloc_to_page(const void *addr);
 unsigned long vmalloc_to_pfn(const void *addr);

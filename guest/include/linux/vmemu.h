@@ -2,6 +2,7 @@
 #ifndef _LINUX_VMEMU_H
 #define _LINUX_VMEMU_H
 
+#include <linux/mm.h>
 #include <linux/types.h>
 
 /*
@@ -13,8 +14,9 @@ long vmemu_destroy_mm(unsigned long mm);
 unsigned long vmemu_init_mm(void);
 unsigned long vmemu_user_pgd(unsigned long mm);
 long vmemu_map_user(unsigned long mm, unsigned long addr, unsigned long size, int executable);
-/* remap_vmalloc_range_partial() into a mapping of `size` bytes at `uaddr`. */
-long vmemu_remap_vmalloc_range(unsigned long mm, unsigned long uaddr, const void *kaddr, unsigned long pgoff, unsigned long size);
+/* A shared writable mapping with nothing in it; NULL: no mm, a bad range or one in use, no memory. munmap puts its pages. */
+struct vm_area_struct *vmemu_mmap(unsigned long mm, unsigned long uaddr, unsigned long size);
+long vmemu_munmap(struct vm_area_struct *vma);
 void vmemu_vmalloc_sync_mappings(void);
 long vmemu_set_mempolicy(int mode, unsigned long nodes);
 /* A thread that is never run, named by its stack. */
