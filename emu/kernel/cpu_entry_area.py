@@ -204,6 +204,9 @@ class CeaMapper(Protocol):
     def cea_set_pte(self, la: int, pa: int, *, writable: bool) -> None:
         """Map the page at `la` to the frame at `pa`, PAGE_KERNEL or PAGE_KERNEL_RO, global."""
 
+    def add_cpu_tss_rw(self, pa: int) -> None:
+        """A CPU's TSS is at `pa`."""
+
 
 def map_cpu_entry_areas(
     areas: Sequence[CpuEntryArea], mapper: CeaMapper, idt_pa: int, allocate: Callable[[int], int]
@@ -216,4 +219,6 @@ def map_cpu_entry_areas(
             pa = placed[run.la] = allocate(run.size)
             for offset in range(0, run.size, PAGE_SIZE):
                 mapper.cea_set_pte(run.la + offset, pa + offset, writable=run.writable)
+            if run.kind is PageKind.TSS:
+                mapper.add_cpu_tss_rw(pa)
     return placed

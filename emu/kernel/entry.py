@@ -18,6 +18,7 @@ from emu.kernel.interrupts import ENOSYS, EarlyException, Interrupts, Syscall
 from emu.kernel.kernel_cpu import KernelCpu
 from emu.kernel.oops import Controls, DieContext, OopsReport, OopsSource, dump_stack, panic
 from emu.kernel.percpu_first_chunk import IRQ_STACK_SIZE
+from emu.kernel.pti import PageTableIsolation
 from emu.kernel.ptrace import PT_REGS_IP, X86_EFLAGS_IF, PtRegs, pack_pt_regs, read_pt_regs
 from emu.kernel.unwind import StackInfo, Stacks, StackSection, StackType, Unwinder
 from emu.kernel.warn_sites import Site
@@ -52,6 +53,7 @@ class ExceptionEntry:
         self.kernel = kernel
         self.gp_access = gp_access
         self.interrupts = Interrupts(kernel.profile.name)
+        self.pti = PageTableIsolation(kernel.init_mm.pti)
         self._entry_regs: dict[int, PtRegs] = {}
 
     def handle(self, cpu: KernelCpu, vector: int) -> Ending | None:
@@ -67,6 +69,7 @@ class ExceptionEntry:
         else:
             frame_la = rsp
         ip, cs, flags, sp, ss = (int.from_bytes(cpu.read(frame_la + _WORD * n, _WORD), "little") for n in range(5))
+        self.pti.enter(cpu, vector, cs, frame_la)
         regs = read_pt_regs(cpu.reg, ip=ip, cs=cs, flags=flags, sp=sp, ss=ss)
         regs_la = frame_la - PT_REGS_IP
         cpu.write(regs_la, pack_pt_regs(regs)[:PT_REGS_IP])
@@ -153,6 +156,7 @@ class ExceptionEntry:
         """Go back by the IRETQ of the common exit."""
         if ip != regs.ip:
             cpu.write(frame_la, ip.to_bytes(_WORD, "little"))
+        self.pti.leave(cpu, regs.cs, frame_la)
         cpu.set_reg("rsp", frame_la)
         cpu.set_reg("rip", self.kernel.symbol("common_interrupt_return"))
 

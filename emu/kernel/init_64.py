@@ -96,6 +96,8 @@ class InitMm(PageTable):
         self.prots = make_pgprots(profile, pti=pti)
         self.pti = pti
         self.direct_gbpages = direct_gbpages
+        # Where each CPU's TSS stands: per-CPU data in Linux (cpu_tss_rw).
+        self._cpu_tss_rw: list[int] = []
         self.sync_pgds = profile.preallocated_vmalloc
 
     def build(self, vmemmap: tuple[Vmemmap, ...]) -> None:
@@ -159,12 +161,19 @@ class InitMm(PageTable):
         if isinstance(self.set_pte(la, pa | (prots.kernel if writable else prots.kernel_ro)), int):
             raise MemoryError("RAM is too small for the CPU entry areas' page tables")
 
+    def add_cpu_tss_rw(self, pa: int) -> None:
+        """A CPU's TSS is at `pa`: its writable alias in the direct map is what the kernel's own code uses."""
+        self._cpu_tss_rw.append(pa)
+
     def pti_init(self, entry_text: int) -> None:
         """Give user mode's page tables what entering the kernel needs: CPU entry areas, espfix, and the leaf of the entry text.
 
-        The leaf becomes global, in both tables, as it is the same in every address space. Raises MemoryError without memory.
+        Besides, of the direct map, the first page of each CPU's TSS, in which SYSCALL's entry code spills a register. The entry
+        text's leaf becomes global, in both tables, as it is the same in every address space. Raises MemoryError without memory.
         Source: v6.12 arch/x86/mm/pti.c pti_clone_user_shared, pti_setup_espfix64, pti_clone_entry_text.
         """
+        for pa in self._cpu_tss_rw:
+            self.set_pgd(self._pti_walk(self.layout.va(pa), 1), pa | self.prots.kernel)
         for la in (self.layout.cpu_entry_area, ESPFIX_BASE_ADDR):
             self._pti_clone(la, 4)
         found = self.lookup(entry_text)
@@ -173,21 +182,23 @@ class InitMm(PageTable):
 
     def _pti_clone(self, la: int, level: int) -> None:
         """Copy init_mm's entry of `level` for `la` into the user tables, making the tables above it as _KERNPG_TABLE."""
-        source = target = 0
-        kernel, user = self.pgd, self.pgd + PTI_USER_PGD
-        for at in range(self.levels, level - 1, -1):
-            offset = (la >> (9 * at + 3) & 511) << 3
-            source, target = kernel + offset, user + offset
-            if at == level:
-                break
-            kernel = self.memory.read_u64(source) & PHYSICAL_MASK
+        kernel = self.pgd
+        for at in range(self.levels, level, -1):
+            kernel = self.memory.read_u64(kernel + _offset(la, at)) & PHYSICAL_MASK
+        self.set_pgd(self._pti_walk(la, level), self.memory.read_u64(kernel + _offset(la, level)))
+
+    def _pti_walk(self, la: int, level: int) -> int:
+        """Where the user tables' entry of `level` for `la` stands, with the tables above it made (pti_user_pagetable_walk_*)."""
+        user = self.pgd + PTI_USER_PGD
+        for at in range(self.levels, level, -1):
+            target = user + _offset(la, at)
             if not self.memory.read_u64(target):
                 pfn = self.pages.alloc_pages(int(GFP_PGTABLE_KERNEL))
                 if pfn is None:
                     raise MemoryError("RAM is too small for the page tables of user mode")
                 self.set_pgd(target, pfn << PAGE_SHIFT | KERNPG_TABLE)
             user = self.memory.read_u64(target) & PHYSICAL_MASK
-        self.set_pgd(target, self.memory.read_u64(source))
+        return user + _offset(la, level)
 
     def vmalloc_sync_mappings(self) -> None:
         """Before v5.8: give every mm all top-level entries of the vmalloc region at once, so that no access to it faults.
@@ -210,6 +221,10 @@ class InitMm(PageTable):
             if self.alloc_table(addr, self.levels - 1) < 0:
                 raise MemoryError("RAM is too small to preallocate the page tables of the vmalloc region")
             addr = (addr & -self.layout.pgdir_size) + self.layout.pgdir_size
+
+
+def _offset(la: int, level: int) -> int:
+    return (la >> (9 * level + 3) & 511) << 3
 
 
 @dataclass(frozen=True, slots=True)

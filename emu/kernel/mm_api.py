@@ -6,15 +6,19 @@ An mm is named by the physical address of its PGD, which is what MOV CR3 takes.
 from __future__ import annotations
 
 import errno
+import struct
 
+from emu.kernel.descriptors import USER_CS, USER_DS
 from emu.kernel.kernel import Kernel
 from emu.kernel.layout import PAGE_SIZE
 from emu.kernel.mempolicy import Mempolicy, Mpol
 from emu.kernel.mm import PAGE_SHARED, PAGE_SHARED_EXEC, Mm
 from emu.kernel.page_alloc import NUMA_NO_NODE
+from emu.kernel.ptrace import X86_EFLAGS_IF
 from emu.kernel.task import KernelThread
 from emu.kernel.vma import UserMappings
 
+_EFLAGS_FIXED = 2
 _MAX_USER_PAGES = 1 << 18
 
 
@@ -36,6 +40,7 @@ class MmApi:
         export("vmemu_init_mm", lambda: kernel.init_mm.pgd, 0)
         export("vmemu_user_pgd", self._user_pgd, 1)
         export("vmemu_map_user", self._map_user, 4)
+        export("vmemu_enter_user", self._enter_user, 3)
         export("vmemu_vmalloc_sync_mappings", kernel.init_mm.vmalloc_sync_mappings, 0)
         export("vmemu_set_mempolicy", lambda mode, nodes: self._set_mempolicy(_int(mode), nodes), 2)
         export("vmemu_fork", lambda node: self._fork(_int(node)), 1)
@@ -64,6 +69,23 @@ class MmApi:
     def _user_pgd(self, pgd: int) -> int:
         """The PGD that user mode of an mm runs on; 0 for no mm."""
         return self.mms[pgd].user_pgd if pgd in self.mms else 0
+
+    def _enter_user(self, pgd: int, ip: int, sp: int) -> int | None:
+        """Leave the kernel for user mode of an mm, as a return from an exception does; -EINVAL for no mm, else no return.
+
+        The frame lies on the CPU's entry stack and the last instructions are entry text, as both are there on either PGD.
+        """
+        if pgd not in self.mms:
+            return -errno.EINVAL
+        kernel = self.kernel
+        cpu = kernel.cpu
+        iretq = kernel.symbol("common_interrupt_return")
+        frame = struct.pack("<6Q", iretq, ip, USER_CS, X86_EFLAGS_IF | _EFLAGS_FIXED, sp, USER_DS)
+        rsp = kernel.cpu_entry_area(cpu.id).entry_stack[1] - len(frame)
+        cpu.write(rsp, frame)
+        cpu.set_reg("rsp", rsp)
+        cpu.set_reg("cr3", self.mms[pgd].user_pgd)
+        return None
 
     def _map_user(self, pgd: int, la: int, size: int, executable: int) -> int:
         """Map new zeroed pages at a user address: 0, -EINVAL for no mm or a bad range, -EEXIST, -ENOMEM."""

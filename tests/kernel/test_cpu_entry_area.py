@@ -98,8 +98,12 @@ def test_a_push_below_the_df_stack_hits_the_guard_of_that_stack() -> None:
 def test_mapping_covers_the_idt_and_every_planned_page() -> None:
     pages: dict[int, tuple[int, bool]] = {}
     allocated = [0x100000]
+    tss: list[int] = []
 
     class Mapper:
+        def add_cpu_tss_rw(self, pa: int) -> None:
+            tss.append(pa)
+
         def cea_set_pte(self, la: int, pa: int, *, writable: bool) -> None:
             assert la not in pages
             pages[la] = (pa, writable)
@@ -112,4 +116,5 @@ def test_mapping_covers_the_idt_and_every_planned_page() -> None:
     placed = map_cpu_entry_areas(areas, Mapper(), 0x5000, allocate)
     assert pages[CPU_ENTRY_AREA_RO_IDT] == (0x5000, False)
     assert len(pages) == 1 + 2 * 15
+    assert tss == [placed[area.tss] for area in areas]
     assert pages[areas[1].tss + 0x4000] == (placed[areas[1].tss] + 0x4000, False)

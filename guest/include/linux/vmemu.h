@@ -14,6 +14,8 @@ long vmemu_destroy_mm(unsigned long mm);
 unsigned long vmemu_init_mm(void);
 unsigned long vmemu_user_pgd(unsigned long mm);
 long vmemu_map_user(unsigned long mm, unsigned long addr, unsigned long size, int executable);
+/* Go on in user mode of an mm, on its user PGD with page-table isolation; -EINVAL for no mm. Nothing leads back but exceptions. */
+long vmemu_enter_user(unsigned long mm, unsigned long ip, unsigned long sp);
 /* A shared writable mapping with nothing in it; NULL: no mm, a bad range or one in use, no memory. munmap puts its pages. */
 struct vm_area_struct *vmemu_mmap(unsigned long mm, unsigned long uaddr, unsigned long size);
 long vmemu_munmap(struct vm_area_struct *vma);
