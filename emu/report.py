@@ -17,7 +17,7 @@ from emu.kernel.ptdump import Marker, PtDump, Row, row_text
 from emu.kernel.vmallocinfo import vmallocinfo
 from emu.kernel.walk_report import WalkReport
 from emu.run import RunResult
-from emu.trace import Delivery, Event, FunctionCall, TlbFlushed
+from emu.trace import Delivery, Event, FlushIssued, FunctionCall, TlbFlushed
 
 
 def vector_name(vector: int) -> str:
@@ -81,9 +81,14 @@ def event_text(event: Event) -> str:
             return f"cpu{cpu}: {vector_name(vector)}{code}{address} RIP {rip:#x}"
         case FunctionCall(cpu=cpu, name=name, arguments=arguments, result=result):
             return f"cpu{cpu}: {name}({', '.join(f'{a:#x}' for a in arguments)}) = {result:#x}"
+        case FlushIssued(cpu=cpu, start=start, end=end, cause=cause, cpus=cpus):
+            return f"cpu{cpu}: {cause} asks CPUs {', '.join(map(str, cpus))} for a TLB flush of {_range_text(start, end)}"
         case TlbFlushed(cpu=cpu, start=start, end=end):
-            what = "everything" if end - start >> 64 else f"{start:#x}-{end:#x}"
-            return f"cpu{cpu}: TLB flush of {what}"
+            return f"cpu{cpu}: TLB flush of {_range_text(start, end)}"
+
+
+def _range_text(start: int, end: int) -> str:
+    return "everything" if end - start >> 64 else f"{start:#x}-{end:#x}"
 
 
 def run_json(result: RunResult) -> dict[str, Any]:

@@ -32,15 +32,28 @@ class FunctionCall:
 
 
 @dataclass(frozen=True, slots=True)
+class FlushIssued:
+    """Kernel code on `cpu` asked for a flush of [start, end), number `flush`, because of C function `cause`, on the CPUs `cpus`."""
+
+    flush: int
+    cpu: int
+    start: int
+    end: int
+    cause: str
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TlbFlushed:
-    """The kernel flushed the translations of [start, end) on a CPU; everything when it is the whole address space."""
+    """A CPU has removed the translations of [start, end) for flush number `flush`; everything when that is all of the addresses."""
 
     cpu: int
     start: int
     end: int
+    flush: int
 
 
-Event = Delivery | FunctionCall | TlbFlushed
+Event = Delivery | FunctionCall | FlushIssued | TlbFlushed
 Sink = Callable[[Event], None]
 
 

@@ -19,6 +19,7 @@ from emu.kernel.gfp import GFP_PGTABLE_USER
 from emu.kernel.init_64 import PTI_USER_PGD, InitMm
 from emu.kernel.kernel_cpu import TlbFlush
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE
+from emu.kernel.mmu_context import MmContext
 from emu.kernel.pgprot import ACCESSED, DIRTY, NX, PRESENT, RW, USER
 from emu.kernel.pgtable import FlushRange, PageTable
 from emu.mmu.entry import PHYSICAL_MASK
@@ -33,7 +34,10 @@ KERNEL_PGD_BOUNDARY = 256
 
 
 class Mm(PageTable):
-    """A process's page tables. `pgd` is what CR3 holds. Raises MemoryError when there is no frame for the PGD."""
+    """A process's page tables. `pgd` is what CR3 holds; `context` is what TLB flushes know of it.
+
+    Raises MemoryError when there is no frame for the PGD.
+    """
 
     def __init__(self, init_mm: InitMm) -> None:
         self._pgd_order = 1 if init_mm.pti else 0
@@ -125,7 +129,10 @@ class Mm(PageTable):
             raise ValueError(f"user range {la:#x}+{size:#x} is outside user space")
 
     def unmap_user(self, la: int, size: int) -> FlushRange:
-        """Clear user [la, la + size); the flush is owed. Frames stay the mm's until destroy. ValueError as map_user."""
+        """Clear user [la, la + size); the flush is owed (TlbFlushes.flush_tlb_mm_range). Frames stay the mm's until destroy.
+
+        Raises ValueError as map_user.
+        """
         self._check_user(la, size)
         return self.vunmap_range_noflush(la, la + size)
 
@@ -141,6 +148,7 @@ class Mm(PageTable):
 
     def destroy(self) -> None:
         """Free user tables, owned frames and the PGD. No CPU may have this mm loaded, nor cached anything of it."""
+        assert not self.context.cpumask, f"CPUs {sorted(self.context.cpumask)} have the mm loaded that is freed"
         self.init_mm.pgds.pop(self.pgd)
         self.free_pgtables(0, KERNEL_PGD_BOUNDARY << (9 * self.levels + 3)).defer()
         for pfn in self._owned.elements():

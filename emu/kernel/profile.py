@@ -6,7 +6,39 @@ A profile describes one built kernel. 6.12 and 6.1 are Debian's amd64 kernels; 5
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class SmpDesign:
+    """How a kernel calls functions on other CPUs (kernel/smp.c)."""
+
+    sync_calls_first: bool
+    """A CPU runs the calls that somebody waits for before the others: from v5.8 on."""
+    local_call_meanwhile: bool
+    """on_each_cpu runs the function here while the other CPUs do, not after them: from v5.13 on."""
+    single_ipi_for_one_left: bool
+    """One IPI goes by the single vector even if the mask names several CPUs: from v5.13 on; before, only for a mask of one."""
+    waits_for_refused: bool
+    """The wait includes CPUs that the condition refused, should an earlier call to them be under way: not any more in v6.12."""
+    warns_irqs_off: bool
+    """smp_call_function_many WARNs with interrupts off; later lockdep alone asserts it, which Debian's kernels lack."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlbDesign:
+    """How a kernel flushes TLBs (arch/x86/mm/tlb.c)."""
+
+    skips_old_generations: bool
+    """A CPU that has caught up with the requested generation already does nothing, even if it is behind the mm's: v6.0 on."""
+    skips_other_mms: bool
+    """CPUs that have another mm loaded are not sent a flush (should_flush_tlb): in Debian's builds of 6.1 and 6.12."""
+    local_flush_first: bool
+    """flush_tlb_mm_range flushes here before it sends IPIs: until v5.12."""
+    syncs_stack: bool
+    """switch_mm copies the top-level entry of the stack into the next mm (sync_current_stack_to_mm): until v5.7."""
+    single_page_flush_ceiling: int = 33
+    """Above so many pages, everything is flushed (tlb_single_page_flush_ceiling)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +75,10 @@ class Profile:
     module_areas: tuple[str, ...]
     """The vmalloc areas that one module takes, in the order of allocation."""
 
+    # Several CPUs
+    smp: SmpDesign
+    tlb: TlbDesign
+
     # Texts
     oops_shows_uid: bool
     """The "CPU: 0 UID: 0 PID: 1 Comm:" line has UID (v6.11)."""
@@ -58,6 +94,15 @@ class Profile:
         return max(1, min(possible_cpus, self.max_vmap_nodes)) if self.max_vmap_nodes else 0
 
 
+_SMP_6_12 = SmpDesign(
+    sync_calls_first=True, local_call_meanwhile=True, single_ipi_for_one_left=True, waits_for_refused=False, warns_irqs_off=False,
+)
+_SMP_5_4 = SmpDesign(
+    sync_calls_first=False, local_call_meanwhile=False, single_ipi_for_one_left=False, waits_for_refused=False, warns_irqs_off=True,
+)
+_TLB_6 = TlbDesign(skips_old_generations=True, skips_other_mms=True, local_flush_first=False, syncs_stack=False)
+_TLB_5_4 = TlbDesign(skips_old_generations=False, skips_other_mms=False, local_flush_first=True, syncs_stack=True)
+
 V6_12 = Profile(
     name="6.12",
     version=(6, 12),
@@ -69,6 +114,8 @@ V6_12 = Profile(
     huge_vmalloc=True,
     max_vmap_nodes=128,
     module_areas=("text", "data", "rodata", "ro_after_init"),
+    smp=_SMP_6_12,
+    tlb=_TLB_6,
     oops_shows_uid=True,
 )
 
@@ -83,6 +130,8 @@ V6_1 = Profile(
     huge_vmalloc=True,
     max_vmap_nodes=0,
     module_areas=("core",),
+    smp=replace(_SMP_6_12, waits_for_refused=True),
+    tlb=_TLB_6,
     oops_shows_uid=False,
 )
 
@@ -97,6 +146,8 @@ V5_4 = Profile(
     huge_vmalloc=False,
     max_vmap_nodes=0,
     module_areas=("core",),
+    smp=_SMP_5_4,
+    tlb=_TLB_5_4,
     oops_shows_uid=False,
 )
 
