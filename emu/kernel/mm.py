@@ -59,6 +59,7 @@ class Mm(PageTable):
         if init_mm.pti:
             self.table_ignored |= NX
         init_mm.pgds[self.pgd] = None
+        self.context = MmContext(self.pgd)
         # References that this mm holds, by frame.
         self._owned: Counter[int] = Counter()
 

@@ -123,7 +123,7 @@ class SmpMachine:
     def spin_until(self, condition: Callable[[], bool], site: str = "") -> None:
         this_cpu = self.current
         while not condition():
-            if not any([self.take_interrupts(cpu) for cpu in range(self.online)]):
+            if not self.all_take_interrupts():
                 raise Deadlock(f"CPU {this_cpu} waits for ever")
             self.current = this_cpu
 
@@ -146,9 +146,13 @@ class SmpMachine:
             self.current = previous
         return taken
 
+    def all_take_interrupts(self) -> bool:
+        """take_interrupts of every CPU; whether one had something to do."""
+        return sum(self.take_interrupts(cpu) for cpu in range(self.online)) > 0
+
     def settle(self) -> None:
         """Let every CPU handle what is pending."""
-        while any([self.take_interrupts(cpu) for cpu in range(self.online)]):
+        while self.all_take_interrupts():
             pass
 
     def on(self, number: int) -> SmpMachine:
