@@ -50,7 +50,7 @@ class TlbFlushed:
     cpu: int
     start: int
     end: int
-    flush: int
+    flush: int = 0
 
 
 Event = Delivery | FunctionCall | FlushIssued | TlbFlushed
