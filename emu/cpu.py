@@ -82,7 +82,18 @@ class Interrupted:
     """Somebody stopped the engine from outside."""
 
 
-CpuStop = KernelEntry | Halted | LimitReached | Livelock | Interrupted
+@dataclass(frozen=True, slots=True)
+class TurnOver:
+    """The CPU has executed what it was given, or `paused`: it executed PAUSE where that ends a turn."""
+
+    paused: bool
+
+
+CpuStop = KernelEntry | Halted | LimitReached | Livelock | Interrupted | TurnOver
+_CONTEXT = (
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rflags",
+    "fs_base",
+)
 
 
 class Cpu:
@@ -120,6 +131,7 @@ class Cpu:
         self._rip: int | None = None
         # What a delivery pushes and sets, and what IRET sets.
         self.pushed = self.engine.batch("cs", "rflags", "rsp", "ss")
+        self._context = self.engine.batch(*_CONTEXT)
         # Told of each exception and interrupt before it is delivered, and again once its handler has been entered.
         self.on_delivery: Callable[[CpuException], None] = lambda exception: None
         self.on_entry: Callable[[CpuException], None] = lambda exception: None
@@ -178,6 +190,31 @@ class Cpu:
             self.engine.set_msr(0xC000_0102, value)
         else:
             self.engine.set_reg(name, value)
+
+    def save_context(self) -> list[int]:
+        """What a thread keeps while another one has the CPU: RIP first, then general registers, RFLAGS and FS base."""
+        return [self.rip, *self._context.read()]
+
+    def load_context(self, context: list[int]) -> None:
+        """Go on where `save_context` was called."""
+        self._rip = context[0]
+        self._context.write(*context[1:])
+
+    def make_context(self, **registers: int) -> list[int]:
+        """A context of these registers, all others zero. Raises KeyError for a register that is not part of one."""
+        values = dict.fromkeys(("rip", *_CONTEXT), 0)
+        for name in registers:
+            values[name]  # an unknown name must not be added
+        values.update(registers)
+        return list(values.values())
+
+    def invlpg(self, la: int) -> None:
+        """Execute INVLPG."""
+        self.mmu.invlpg(la)
+
+    def invpcid(self, kind: int, pcid: int, la: int) -> None:
+        """Execute INVPCID. Raises GeneralProtection."""
+        self.mmu.invpcid(kind, pcid, la)
 
     def read_ac(self) -> bool:
         """RFLAGS.AC."""
@@ -243,6 +280,18 @@ class Cpu:
             return True
         return False
 
+    @property
+    def interruptible(self) -> bool:
+        """An interrupt or NMI is pending that the CPU would take now."""
+        if self._nmi_pending and not self.nmi_blocked:
+            return True
+        return bool(self._interrupts) and bool(self.engine.reg("rflags") & _IF)
+
+    @property
+    def pending_interrupts(self) -> tuple[int, ...]:
+        """Vectors of the external interrupts that wait, in the order in which they will be taken."""
+        return tuple(self._interrupts)
+
     def raise_exception(self, exception: CpuException) -> None:
         """Deliver an exception at the current RIP. Raises TripleFault."""
         deliver(self, exception)
@@ -253,16 +302,29 @@ class Cpu:
 
     # ---- execution
 
-    def run(self) -> CpuStop:
-        """Execute until the kernel model is called or nothing can go on. Raises TripleFault, BusError."""
+    def run(self, budget: int | None = None) -> CpuStop:
+        """Execute until the kernel model is called or nothing can go on; at most `budget` instructions on a CPU that counts them.
+
+        Raises TripleFault, BusError.
+        """
+        counter = self.engine.counter
+        end = None if budget is None or counter is None else counter.left - budget
         while True:
+            left = None
+            if end is not None and counter is not None:
+                left = counter.left - end
+                if left <= 0 and not counter.exhausted:
+                    return TurnOver(False)
             step = False
             if self._interrupts or self._nmi_pending:
                 # What waits for IF is taken as soon as the program sets it: until then, one instruction at a time.
                 step = not self._take_pending() and bool(self._interrupts)
                 if step:
                     self._interrupt_shadow = self._casts_shadow()
-            reason = self.engine.step(self.rip) if step else self.engine.run(self.rip)
+            if step:
+                reason = self.engine.step(self.rip)
+            else:
+                reason = self.engine.run(self.rip) if left is None else self.engine.run(self.rip, left)
             self._rip = None
             stop = self._handle(reason)
             if stop is None and (reason is _FAULT or reason is _INTERRUPT or reason is _INVALID):
@@ -310,6 +372,10 @@ class Cpu:
                 return self._asked()
             case StopReason.STEPPED:
                 pass
+            case StopReason.BUDGET:
+                return TurnOver(False)
+            case StopReason.PAUSE:
+                return TurnOver(True)
         return None
 
     def _asked(self) -> CpuStop:

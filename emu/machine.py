@@ -11,17 +11,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Self
 
-from emu.cpu import Cpu, Halted, Interrupted, KernelEntry, LimitReached, Livelock
+from emu.cpu import Cpu, Halted, LimitReached, Livelock
 from emu.descriptors import TableRegister
 from emu.engine import Engine
-from emu.exceptions import CpuException, TripleFault, Vector
+from emu.exceptions import CpuException, Vector
 from emu.guest.error import GuestError
 from emu.guest.expect import Fault, Outcome, Unreadable
 from emu.guest.link import Linked, link
 from emu.guest.program import Program, SectionKind
+from emu.hub import Final, Finish, Hub
 from emu.kernel.bug_table import parse_bug_table
 from emu.kernel.entry import End, Ending
 from emu.kernel.kernel import Kernel
@@ -32,7 +34,8 @@ from emu.kernel.percpu_api import register_percpu
 from emu.kernel.places import place_of
 from emu.kernel.profile import find_profile
 from emu.kernel.ptrace import PtRegs
-from emu.kernel.task import comm_of, initial_rsp
+from emu.kernel.sched import NeedsClock
+from emu.kernel.task import KernelThread, ThreadState, comm_of
 from emu.kernel.traps import BugEntry
 from emu.memory import PAGE_SIZE, BusError, Memory
 from emu.mmu.entry import PHYSICAL_MASK
@@ -43,8 +46,10 @@ from emu.mmu.walk import walk
 from emu.msr import IA32_FMASK, IA32_LSTAR, IA32_PAT, IA32_STAR
 from emu.native import NativeEngine
 from emu.trace import Delivery, FunctionCall, Sink, TlbFlushed, discard
+from emu.turns import Alone, RoundRobin
 
 DEFAULT_MEMORY = 1 << 30
+MAX_CPUS = 64
 DEFAULT_MAX_INSTRUCTIONS = 1_000_000_000
 # No engine runs faster than this on any host, so a run that ends within limit / PEAK seconds cannot have passed the limit.
 PEAK_INSTRUCTIONS_PER_SECOND = 10_000_000_000
@@ -96,8 +101,10 @@ class MachineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.cpus != 1:
-            raise ValueError(f"number of CPUs is {self.cpus}; this machine has one")
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise ValueError(f"number of CPUs is {self.cpus}; it must be 1 to {MAX_CPUS}")
+        if self.native and self.cpus != 1:
+            raise ValueError(f"number of CPUs is {self.cpus}; a native machine has one")
         if self.levels not in (4, 5):
             raise ValueError(f"paging levels is {self.levels}; it must be 4 or 5")
         if self.tlb not in {mode.value for mode in TlbMode}:
@@ -166,32 +173,48 @@ class Machine:
         self.memory = Memory(config.memory, config.nodes)
         features = Features(la57=config.levels == 5, gbpages=config.gbpages)
         self.kernel = Kernel(
-            self.memory, profile, self, levels=config.levels, random=Random(config.seed) if config.kaslr else None,
-            seed=config.seed, gbpages=features.gbpages, direct_gbpages=not config.nogbpages, hugevmalloc=not config.nohugevmalloc,
-            hugeiomap=not config.nohugeiomap, pti=config.pti, gp_access=self._gp_access,
+            self.memory, profile, self, levels=config.levels, nr_cpus=config.cpus,
+            random=Random(config.seed) if config.kaslr else None, seed=config.seed, gbpages=features.gbpages,
+            direct_gbpages=not config.nogbpages, hugevmalloc=not config.nohugevmalloc, hugeiomap=not config.nohugeiomap,
+            pti=config.pti, gp_access=self._gp_access,
         )
         ModuleApi(self.kernel)
         register_percpu(self.kernel)
         self.mm_api = MmApi(self.kernel)
-        self.cpu = Cpu(
-            0, self.memory, features=features, levels=config.levels, tlb=Tlb(config.tlb), is_stub=self.kernel.is_stub, limit=limit,
-            engine=NativeEngine if config.native else Engine,
-        )
-        self.cpu.on_delivery = self._on_delivery
-        self.cpu.on_entry = self._on_entry
+        if config.cpus > 1 and limit is None:
+            limit = DEFAULT_MAX_INSTRUCTIONS
+        engine = NativeEngine if config.native else Engine
+        self.cpus = [
+            Cpu(
+                number, self.memory, features=features, levels=config.levels, tlb=Tlb(config.tlb), is_stub=self.kernel.is_stub,
+                limit=limit, engine=engine,
+            )
+            for number in range(config.cpus)
+        ]
+        self.cpu = self.cpus[0]
         # (vector, error, CR2, RIP, general registers): a Fault each would cost a page fault a twentieth of its time.
         self._arriving: tuple[int, int | None, int | None, int, list[int]] | None = None
         self._entered: list[tuple[int, int | None, int | None, int, list[int]]] = []
-        self._general = self.cpu.engine.batch(*_GENERAL)
-        self._start_cpu()
+        self._general = [cpu.engine.batch(*_GENERAL) for cpu in self.cpus]
+        for cpu in self.cpus:
+            cpu.on_delivery = partial(self._on_delivery, cpu)
+            cpu.on_entry = self._on_entry
+            self._start_cpu(cpu)
+        self.kernel.send_ipi = self._send_ipi
+        self.kernel.send_nmi = lambda number: self.cpus[number].raise_nmi()
+        self.kernel.attach_cpus(list(self.cpus))
+        self.hub = Hub(self.cpus, self.kernel.sched, self.kernel.text, self, Alone() if config.cpus == 1 else RoundRobin())
+        self._thread: KernelThread | None = None
+        self._returned: int | None = None
+        self._registers: dict[str, int] = {}
 
-    def _start_cpu(self) -> None:
-        """Bring the CPU to where Linux has brought it when it runs its first thread."""
-        cpu, kernel = self.cpu, self.kernel
+    def _start_cpu(self, cpu: Cpu) -> None:
+        """Bring a CPU to where Linux has brought it when it runs its first thread."""
+        kernel = self.kernel
         cr4 = LINUX_CR4 | (Cr4.LA57 if self.config.levels == 5 else 0)
         cpu.mmu.reset(LINUX_CR0, kernel.init_mm.pgd, cr4, LINUX_EFER, LINUX_PKRU)
         cpu.sync_engine_registers()
-        tables = kernel.cpu_tables(0)
+        tables = kernel.cpu_tables(cpu.id)
         cpu.gdtr = TableRegister(tables.gdt_direct, tables.gdt_limit)
         cpu.load_task_register(tables.tss_selector)
         cpu.gdtr = TableRegister(tables.gdt, tables.gdt_limit)
@@ -205,6 +228,12 @@ class Machine:
         cpu.msrs[IA32_LSTAR] = kernel.symbol("entry_SYSCALL_64")
         cpu.msrs[IA32_FMASK] = LINUX_FMASK
 
+    def _send_ipi(self, number: int, vector: int) -> None:
+        """A fixed interrupt through the local APIC; it merges with one of its vector that is pending (SDM vol. 3A 12.8.4)."""
+        cpu = self.cpus[number]
+        if vector not in cpu.pending_interrupts:
+            cpu.raise_interrupt(vector)
+
     # ---- TlbFlush, as the kernel asks for it
 
     def flush_tlb_kernel_range(self, start: int, end: int) -> None:
@@ -213,25 +242,26 @@ class Machine:
             self.flush_tlb_all()
             return
         self.statistics.flushes += 1
-        self.sink(TlbFlushed(0, start, end))
+        self.sink(TlbFlushed(0, start, end, 0))
         for la in range(start, end, 4096):
-            self.cpu.mmu.invlpg(la)
+            for cpu in self.cpus:
+                cpu.mmu.invlpg(la)
 
     def flush_tlb_all(self) -> None:
         """v6.12 __flush_tlb_global: a toggle of CR4.PGE."""
         self.statistics.full_flushes += 1
-        self.sink(TlbFlushed(0, 0, 1 << 64))
-        cr4 = self.cpu.mmu.cr4
-        self.cpu.mmu.load_cr4(cr4 ^ Cr4.PGE)
-        self.cpu.mmu.load_cr4(cr4)
+        self.sink(TlbFlushed(0, 0, 1 << 64, 0))
+        for cpu in self.cpus:
+            cr4 = cpu.mmu.cr4
+            cpu.mmu.load_cr4(cr4 ^ Cr4.PGE)
+            cpu.mmu.load_cr4(cr4)
 
     # ---- what the CPU tells
 
-    def _on_delivery(self, exception: CpuException) -> None:
-        cpu = self.cpu
+    def _on_delivery(self, cpu: Cpu, exception: CpuException) -> None:
         vector = exception.vector
         if vector != _NMI and vector < 32 and len(self._entered) < KEPT_FAULTS:
-            self._arriving = (vector, exception.error, exception.cr2, cpu.rip, self._general.read())
+            self._arriving = (vector, exception.error, exception.cr2, cpu.rip, self._general[cpu.id].read())
         if self.sink is not discard:
             self.sink(Delivery(cpu.id, exception.vector, exception.error, cpu.rip, exception.cr2))
 
@@ -255,7 +285,8 @@ class Machine:
 
     def _gp_access(self, regs: PtRegs) -> tuple[int, int] | None:
         """Address and size of the memory operand of the instruction that raised #GP, for the text of its oops."""
-        found = self.cpu.memory_accesses(regs.ip, _reader(regs, self.cpu))
+        cpu = self.cpus[self.kernel.cpus.current]
+        found = cpu.memory_accesses(regs.ip, _reader(regs, cpu))
         return (found[0].la, found[0].size) if found else None
 
     # ---- a guest
@@ -301,75 +332,107 @@ class Machine:
         cannot be loaded, MemoryError when RAM is too small for its thread.
         """
         _, linked = self.load(program)
-        thread = self.kernel.create_thread(comm_of(_module_name(program.path)))
-        cpu = self.cpu
-        cpu.set_reg("rsp", initial_rsp(thread))
-        cpu.set_reg("rbx", linked.entry)
-        cpu.set_reg("rflags", 0x202)
-        cpu.rip = self.kernel.symbol("ret_from_fork_asm")
-        if timeout is None:
-            ended, returned = self._run()
-        else:
-            with _Watchdog(timeout, cpu.engine.stop) as watchdog:
-                ended, returned = self._run()
-            if watchdog.late:
-                raise WatchdogExpired
+        ended, returned = self.call(linked.entry, comm=comm_of(_module_name(program.path)), timeout=timeout)
         return self._outcome(ended, returned, linked)
 
-    def _run(self) -> tuple[str, int | None]:
-        cpu, kernel = self.cpu, self.kernel
-        while True:
-            try:
-                stop = cpu.run()
-            except TripleFault as fault:
-                kernel.printk(f"vmemu: triple fault, CPU 0 stops: {fault}")
-                return "triple fault", None
-            except BusError as error:
-                return self._bus_error(error)
-            match stop:
-                case KernelEntry(la=la):
-                    if la == kernel.kthread_exit:
-                        return "returned", cpu.reg("rax")
-                    try:
-                        ending = self._enter_kernel(la)
-                    except BusError as error:
-                        return self._bus_error(error)
-                    if ending is not None:
-                        return _ended(ending), None
-                case Halted(rip=rip, interrupts=interrupts):
-                    state = "on and none to come" if interrupts else "off"
-                    kernel.printk(f"vmemu: CPU 0 halted at RIP {rip:#x} with interrupts {state}")
-                    return "halted", None
-                case LimitReached(rip=rip):
-                    kernel.printk(f"vmemu: CPU 0 reached the instruction limit at RIP {rip:#x}")
-                    return "limit", None
-                case Livelock(rip=rip):
-                    kernel.printk(f"vmemu: CPU 0 delivers exceptions without end at RIP {rip:#x}: no handler can be fetched")
-                    return "livelock", None
-                case Interrupted():
-                    raise WatchdogExpired
+    def call(
+        self, function: int, *, argument: int = 0, comm: str = "vmemu", timeout: float | None = None, interrupt: bool = False,
+        **registers: int,
+    ) -> tuple[str, int | None]:
+        """Call guest code in a new thread on CPU 0 and run the machine until it returns or dies: how that ended, and RAX.
 
-    def _bus_error(self, error: BusError) -> tuple[str, int | None]:
-        self.kernel.printk(f"vmemu: CPU 0 stops at RIP {self.cpu.rip:#x}: {error}")
-        return "bus error", None
+        Then whatever else can run does, until every CPU has nothing to do. `interrupt`: call it as an interrupt handler;
+        `registers`: by name, what other registers hold at first.
+        Raises as run.
+        """
+        kernel = self.kernel
+        if self._thread is not None and self._thread.state is not ThreadState.DEAD:
+            kernel.abandon(self._thread)
+        kernel.cpus.current = 0
+        thread = self._thread = kernel.create_thread(comm, function=function, argument=argument, runs=False, **registers)
+        thread.on_exit = self._main_returned
+        self._returned = None
+        self._registers = {}
+        self.hub.start()
+        kernel.sched.start(thread)
+        if interrupt:
+            kernel.preempt(0).hardirq += 1
+        if timeout is None:
+            finish = self._run(thread)
+        else:
+            with _Watchdog(timeout, self.cpu.engine.stop) as watchdog:
+                finish = self._run(thread)
+            if watchdog.late:
+                raise WatchdogExpired
+        ended = self._ending(finish)
+        if not self._registers:
+            self._registers = self._read_registers(self.cpus[finish.cpu])
+        if interrupt:
+            kernel.preempt(0).count = 0
+        return ended, self._returned if ended == "returned" else None
 
-    def _enter_kernel(self, la: int) -> Ending | None:
-        """Let the kernel model handle an HLT in its text; its own faults are exceptions at the stub."""
-        cpu = self.cpu
-        export = self.kernel.symbols.exports.get(la)
-        arguments = tuple(cpu.reg(name) for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
+    @property
+    def thread(self) -> KernelThread:
+        """The thread that the last guest ran in. Raises ValueError before the first."""
+        if self._thread is None:
+            raise ValueError("no guest has run")
+        return self._thread
+
+    def _run(self, thread: KernelThread) -> Finish:
         try:
-            ending = self.kernel.enter(cpu, la)
-        except PageFault as error:
-            cpu.rip = la
-            cpu.raise_exception(CpuException(Vector.PF, error.error, error.la))
+            finish = self.hub.run(lambda: thread.state is ThreadState.DEAD)
+            return self.hub.quiesce() if finish.final is Final.DONE else finish
+        except NeedsClock:
+            raise WatchdogExpired from None
+
+    def _main_returned(self, value: int) -> None:
+        self._returned = value
+        self._registers = self._read_registers(self.cpus[self.kernel.cpus.current])
+
+    def _read_registers(self, cpu: Cpu) -> dict[str, int]:
+        return {name: cpu.reg(name) for name in _GENERAL}
+
+    def _ending(self, finish: Finish) -> str:
+        """How a run ended, in a word; what no kernel message tells is printed."""
+        printk, number = self.kernel.printk, finish.cpu
+        match finish:
+            case Finish(final=Final.DONE):
+                return "returned"
+            case Finish(final=Final.ENDED, stop=Ending() as ending):
+                return _ended(ending)
+            case Finish(final=Final.TRIPLE_FAULT, stop=fault):
+                printk(f"vmemu: triple fault, CPU {number} stops: {fault}")
+                return "triple fault"
+            case Finish(final=Final.BUS_ERROR, stop=error):
+                printk(f"vmemu: CPU {number} stops at RIP {self.cpus[number].rip:#x}: {error}")
+                return "bus error"
+            case Finish(final=Final.HALTED, stop=Halted(rip=rip, interrupts=interrupts)):
+                state = "on and none to come" if interrupts else "off"
+                printk(f"vmemu: CPU {number} halted at RIP {rip:#x} with interrupts {state}")
+                return "halted"
+            case Finish(final=Final.LIMIT, stop=LimitReached(rip=rip)):
+                printk(f"vmemu: CPU {number} reached the instruction limit at RIP {rip:#x}")
+                return "limit"
+            case Finish(final=Final.LIVELOCK, stop=Livelock(rip=rip)):
+                printk(f"vmemu: CPU {number} delivers exceptions without end at RIP {rip:#x}: no handler can be fetched")
+                return "livelock"
+            case Finish(final=Final.INTERRUPTED):
+                raise WatchdogExpired
+        return "deadlock"
+
+    def enter_kernel(self, cpu: Cpu, la: int) -> Ending | None:
+        """Let the kernel model handle a stop in its text, inside an activation."""
+        kernel = self.kernel
+        if la == kernel.text.kthread_exit:
+            kernel.thread_returned(cpu, cpu.reg("rax"))
             return None
-        except NonCanonical:
-            cpu.rip = la
-            cpu.raise_exception(CpuException(Vector.GP, 0))
-            return None
-        if export is not None:
-            self.statistics.kernel_calls[export.name] += 1
+        export = kernel.symbols.exports.get(la)
+        if export is None:
+            return kernel.enter(cpu, la)
+        arguments = tuple(cpu.reg(name) for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
+        self.statistics.kernel_calls[export.name] += 1
+        ending = kernel.enter(cpu, la)
+        if self.sink is not discard:
             self.sink(FunctionCall(cpu.id, export.name, arguments[: export.arguments], cpu.reg("rax")))
         return ending
 
@@ -388,8 +451,7 @@ class Machine:
             except (PageFault, NonCanonical, BusError) as error:
                 raise Unreadable(f"{la:#x} cannot be read: {error}") from None
 
-        registers = {name: self.cpu.reg(name) for name in _GENERAL}
-        return Outcome(ended, returned, self.faults, tuple(self.log_lines()), registers, symbol, read_u64)
+        return Outcome(ended, returned, self.faults, tuple(self.log_lines()), self._registers, symbol, read_u64)
 
     def log_lines(self) -> Iterable[str]:
         """The kernel log, a line each."""

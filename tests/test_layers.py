@@ -13,9 +13,11 @@ LAYERS = [
     ["emu.report", "emu.progress"],
     ["emu.run"],
     ["emu.machine"],
+    ["emu.hub", "emu.turns"],
     [
         "emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions",
-        "emu.cpuid", "emu.engine", "emu.engine_context", "emu.instruction_counter", "emu.privileged_opcodes",
+        "emu.cpuid", "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter",
+        "emu.code_pages", "emu.privileged_opcodes",
         "emu.operands", "emu.decode", "emu.rflags",
     ],
     ["emu.kernel"],
@@ -26,7 +28,9 @@ LAYERS = [
 ]
 # The CPU and the kernel model do not know each other: the machine joins them. Guests are files; only memory is beneath them.
 STRANGERS = [("emu.cpu", "emu.kernel"), ("emu.cpu", "emu.guest"), ("emu.kernel", "emu.guest")]
-ENGINE_ONLY_IN = {"emu.engine", "emu.engine_context", "emu.instruction_counter", "emu.native"}
+ENGINE_ONLY_IN = {
+    "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter", "emu.native",
+}
 
 
 def module_name(path: Path) -> str:

@@ -54,7 +54,7 @@ class ExceptionEntry:
         self.gp_access = gp_access
         self.interrupts = Interrupts(kernel.profile.name)
         self.pti = PageTableIsolation(kernel.init_mm.pti)
-        self._entry_regs: dict[int, PtRegs] = {}
+        self._last_regs: dict[int, PtRegs] = {}
 
     def handle(self, cpu: KernelCpu, vector: int) -> Ending | None:
         """Handle the exception whose stub `cpu` has entered. None when execution goes on, with RIP and RSP set to do so.
@@ -74,7 +74,11 @@ class ExceptionEntry:
         regs_la = frame_la - PT_REGS_IP
         cpu.write(regs_la, pack_pt_regs(regs)[:PT_REGS_IP])
         cpu.set_reg("rsp", regs_la)
-        self._entry_regs = {regs_la: regs}
+        activation = self.kernel.sched.activation
+        if activation is None:
+            self._last_regs = {regs_la: regs}
+        else:
+            activation.entry_regs = {regs_la: regs}
         address = cpu.reg("cr2")
         source = self._source(cpu)
         if vector == traps.Trap.PF:
@@ -84,14 +88,32 @@ class ExceptionEntry:
         facts = traps.TrapFacts(
             version=self.kernel.profile.name, task=self.kernel.oops_task(cpu), stacks=self._stacks(cpu),
             bug=self.kernel.bug_entry, warned=self.kernel.warned, code=lambda la, size: self._peek(cpu, la, size),
-            gp_access=self.gp_access, levels=self.kernel.layout.levels,
+            gp_access=self.gp_access, levels=self.kernel.layout.levels, context=self._context(cpu),
         )
+        if vector == traps.Trap.NMI and self.kernel.irqs.nmi():
+            self._resume(cpu, regs, regs.ip, frame_la)
+            return None
         action = traps.handle_trap(facts, vector, regs, error, address)
         return self._act(cpu, source, action, regs, frame_la)
+
+    def _entry_regs(self, cpu: KernelCpu) -> dict[int, PtRegs]:
+        """The registers on the stacks of a CPU's thread, by address: one set for each exception and interrupt under way."""
+        activations = self.kernel.current_thread(cpu).activations
+        return self._last_regs | {la: regs for activation in activations for la, regs in activation.entry_regs.items()}
+
+    def _context(self, cpu: KernelCpu) -> DieContext:
+        """in_interrupt and preempt_count of the interrupted code."""
+        count = self.kernel.preempt(cpu.id)
+        return DieContext(in_interrupt=count.in_interrupt, preempt_count=count.count)
 
     def _interrupt(
         self, cpu: KernelCpu, source: OopsSource, vector: int, regs: PtRegs, error: int, frame_la: int
     ) -> Ending | None:
+        if vector >= traps.FIRST_EXTERNAL_VECTOR and vector != traps.IA32_SYSCALL_VECTOR and self.kernel.irqs.handle(vector):
+            if regs.user_mode:
+                self.kernel.sched.yield_cpu()
+            self._resume(cpu, regs, regs.ip, frame_la)
+            return None
         action = self.interrupts.handle(vector, regs, error, cpu.reg("cr2"), cpu.id)
         match action:
             case Syscall():
@@ -131,7 +153,7 @@ class ExceptionEntry:
             version=kernel.profile.name, levels=kernel.layout.levels, task=kernel.oops_task(cpu), stacks=self._stacks(cpu),
             entries=kernel.entries(cpu.reg("cr3"), address), init_entries=kernel.entries(kernel.init_mm.pgd, address),
             is_vmalloc_addr=kernel.layout.is_vmalloc_addr, smap=kernel.smap, smep=kernel.smep,
-            vmalloc_fault=lambda la: self._vmalloc_fault(cpu.reg("cr3"), la),
+            vmalloc_fault=lambda la: self._vmalloc_fault(cpu.reg("cr3"), la), context=self._context(cpu),
         )
         outcome = fault.handle_page_fault(facts, regs, error, address)
         report = fault.report(source, kernel.oops_state, outcome, regs)
@@ -234,7 +256,7 @@ class ExceptionEntry:
                 raise
 
         unwinder = Unwinder(
-            lambda la, size: self._peek(cpu, la, size), kernel.is_text, kernel.symbolize, entry_regs=self._entry_regs
+            lambda la, size: self._peek(cpu, la, size), kernel.is_text, kernel.symbolize, entry_regs=self._entry_regs(cpu)
         )
 
         def trace(regs: PtRegs | None) -> tuple[StackSection, ...]:

@@ -7,36 +7,40 @@ log, the current thread. The kernel sees CPUs through KernelCpu and asks for flu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from random import Random
 
 from emu.kernel import vmap_node
 from emu.kernel.callers import CALLERS, FORK
 from emu.kernel.cpu_entry_area import CPU_ENTRY_AREA_RO_IDT, CpuEntryArea, cpu_entry_areas, map_cpu_entry_areas
+from emu.kernel.cpus import CpuTables, OnlineCpus
 from emu.kernel.descriptors import gdt, tss
 from emu.kernel.entry import End, Ending, ExceptionEntry
 from emu.kernel.exports import KernelSymbols
 from emu.kernel.gfp import GFP_KERNEL, Gfp
 from emu.kernel.init_64 import setup_kernel_memory
 from emu.kernel.ioremap import Ioremap
+from emu.kernel.irq import Irqs
 from emu.kernel.irq_stack import map_irq_stack
 from emu.kernel.kernel_cpu import KernelCpu, TlbFlush
+from emu.kernel.kernel_text import KernelText
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, make_layout
 from emu.kernel.mempolicy import Mempolicy, TaskMempolicy
 from emu.kernel.module import Module, ModuleLoader
 from emu.kernel.oops import KERNEL_TEXT, KernelBuild, OopsState, Task
 from emu.kernel.page_alloc import NUMA_NO_NODE
 from emu.kernel.percpu import PerCpu
+from emu.kernel.preempt import PreemptCount
 from emu.kernel.printk import KernelLog
 from emu.kernel.profile import Profile
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.purge import VmapSpace
 from emu.kernel.ratelimit import RatelimitState
+from emu.kernel.sched import Activation, Scheduler
 from emu.kernel.slab import Slab
 from emu.kernel.taint import Taint
-from emu.kernel.task import KTHREAD_EXIT, KernelThread, ret_from_fork_code
-from emu.kernel.thread_stack import ThreadStacks
-from emu.kernel.traps import BugEntry, entry_stubs, idt, idt_entries
+from emu.kernel.task import KernelThread, ThreadState, initial_rsp
+from emu.kernel.thread_stack import THREAD_SIZE, ThreadStacks
+from emu.kernel.traps import BugEntry, idt
 from emu.kernel.vmalloc import Vmalloc
 from emu.kernel.vmap import Vmap
 from emu.kernel.vmap_block import VmapBlocks
@@ -49,11 +53,8 @@ from emu.mmu.walk import PagingRegisters, inspect
 
 HARDWARE = "vmemu emulated x86-64 machine"
 FIRST_PID = 100
-_HLT, _INT3 = 0xF4, 0xCC
-_IRETQ = b"\x48\xcf"
+RFLAGS_IF = 0x202
 _UD2 = b"\x0f\x0b"
-# mov rax, -ENOSYS; sysretq: there are no system calls.
-_NO_SYSCALL = bytes.fromhex("48 c7 c0 da ff ff ff 48 0f 07")
 
 
 class TaskEnded(Exception):
@@ -62,39 +63,6 @@ class TaskEnded(Exception):
     def __init__(self, ending: Ending) -> None:
         super().__init__(ending)
         self.ending = ending
-
-
-@dataclass(frozen=True, slots=True)
-class CpuTables:
-    """Where a CPU finds its descriptor tables and per-CPU area (linear addresses).
-
-    `gdt_direct` is the writable alias of the read-only GDT, through which LTR marks the TSS busy.
-    """
-
-    idt: int
-    idt_limit: int
-    gdt: int
-    gdt_direct: int
-    gdt_limit: int
-    tss_selector: int
-    percpu: int
-
-
-class OnlineCpus:
-    """How many CPUs there are, and which one runs the model; their nodes share them out evenly, in order."""
-
-    def __init__(self, nr_cpus: int, nr_nodes: int = 1) -> None:
-        self.online = self.possible = nr_cpus
-        self.nr_nodes = nr_nodes
-        self.current = 0
-
-    def cpu_to_node(self, cpu: int) -> int:
-        """Node of a CPU."""
-        return cpu * self.nr_nodes // max(self.possible, self.nr_nodes)
-
-    def numa_node_id(self) -> int:
-        """Node of the current CPU."""
-        return self.cpu_to_node(self.current)
 
 
 class Kernel:
@@ -125,14 +93,19 @@ class Kernel:
             cpu_to_node=self.cpus.cpu_to_node,
         )
         self.pages, self.init_mm = floor.pages, floor.init_mm
-        self._threads: dict[int, KernelThread] = {}
-        self._interrupt_depth = 0
+        self._preempt = [PreemptCount() for _ in range(nr_cpus)]
+        self.sched = Scheduler(nr_cpus, self.cpus, self.cpu_by_number, lambda cpu, vector: self.send_ipi(cpu, vector))
+        self.sched.schedule_debug = self._schedule_debug
+        self._cpus: list[KernelCpu] = []
+        self._entered = False
+        # How an interrupt or an NMI is sent to a CPU; the machine sets both.
+        self.send_ipi: Callable[[int, int], None] = lambda cpu, vector: None
+        self.send_nmi: Callable[[int], None] = lambda cpu: None
         if len(memory.nodes) > 1:
             self.pages.policy = TaskMempolicy(
                 len(memory.nodes), self.cpus.numa_node_id, self._mempolicy, lambda: self.in_interrupt
             )
         self.slab = Slab(self.pages, self.layout)
-        self._cpu: KernelCpu | None = None
         design = vmap_node.V6_12 if profile.max_vmap_nodes else vmap_node.V6_1
         space = VmapSpace(design, (self.layout.vmalloc_start, self.layout.vmalloc_end), self.cpus, tlb, self, self)
         if not profile.preallocated_vmalloc:
@@ -153,14 +126,14 @@ class Kernel:
         self.build = KernelBuild(profile.release, profile.build, HARDWARE, kaslr_offset=kaslr_offset)
         self.oops_state = OopsState(oops_id=Random(seed).getrandbits(64))
         self.exceptions = ExceptionEntry(self, gp_access)
+        self.irqs = Irqs(self)
         self._warned_once: set[int] = set()
         self._bugs: dict[int, BugEntry] = {}
         self._work: list[Callable[[], None]] = []
         self._rcu_callbacks: list[Callable[[], None]] = []
         self._next_pid = FIRST_PID
-        self.caller = 0
-        self._stub_vectors: dict[int, int] = {}
-        self._place_text()
+        self._caller = 0
+        self.text = self.sched.text = KernelText(memory, self.layout, self.symbols, profile.name)
         self.percpu = PerCpu(
             self.vmalloc, floor.percpu, self.cpus.cpu_to_node, self._dump_stack,
             callers=self._callers("pcpu_create_chunk"), caller=self._callers("pcpu_get_vm_areas")[0],
@@ -174,30 +147,10 @@ class Kernel:
         self._fill_cpu_entry_areas()
         if pti:
             self.init_mm.pti_init(self.layout.kernel_text)
+        # Calls that will never go on: forgotten, their greenlets would be unwound, and run the model's code on the way.
+        self.dead_ends: list[Activation] = []
 
     # ---- boot
-
-    def _place_text(self) -> None:
-        symbols = self.symbols
-        symbols.add_string_ops()
-        self._place_entry_stubs()
-        symbols.add_code("common_interrupt_return", _IRETQ)
-        symbols.add_code("entry_SYSCALL_64", _NO_SYSCALL)
-        for name, caller in CALLERS[self.profile.name].items():
-            symbols.add_code(name, bytes((_INT3,)) * caller.size)
-        addresses = [symbols.add_code(name, bytes(16)) for name in ("ret_from_fork_asm", "ret_from_fork", "kthread")]
-        for address, code in ret_from_fork_code(*addresses).items():
-            self.memory.write(self.layout.pa(address), code.ljust(16, bytes((_INT3,))))
-        self.kthread_exit = addresses[2] + KTHREAD_EXIT
-
-    def _place_entry_stubs(self) -> None:
-        """One HLT at every address that a gate points to."""
-        stubs = {name: bytearray([_INT3] * size) for name, size in entry_stubs(self.profile.name)}
-        entries = idt_entries(self.profile.name)
-        for entry in entries:
-            stubs[entry.stub][entry.offset] = _HLT
-        addresses = {name: self.symbols.add_code(name, bytes(code)) for name, code in stubs.items()}
-        self._stub_vectors = {addresses[entry.stub] + entry.offset: entry.vector for entry in entries}
 
     def _callers(self, function: str) -> tuple[int, ...]:
         """The return addresses in an internal function that calls an allocator."""
@@ -288,42 +241,98 @@ class Kernel:
 
     # ---- threads
 
-    def create_thread(self, comm: str, cpu: int = 0, node: int = NUMA_NO_NODE, *, runs: bool = True) -> KernelThread:
-        """A kernel thread with a stack in the vmalloc region, preferably on `node`; `runs`: the CPU runs it from now on.
+    def create_thread(
+        self, comm: str, cpu: int = 0, node: int = NUMA_NO_NODE, *, function: int = 0, argument: int = 0, runs: bool = True,
+        **registers: int,
+    ) -> KernelThread:
+        """A kernel thread with a stack in the vmalloc region, preferably on `node`, that will call `function(argument)`.
 
-        Raises MemoryError without memory for it.
+        `registers` are its others at first; `runs`: the CPU has it from now on. Raises MemoryError without memory for it.
         """
         stack = self.thread_stacks.alloc_thread_stack_node(node)
         if stack is None:
             raise MemoryError(f"memory size is {self.memory.size:#x}; no room for a thread's stack")
         thread = KernelThread(self._next_pid, comm, stack.addr, cpu, stack)
         self._next_pid += 1
+        if self._cpus:
+            thread.context = self._cpus[cpu].make_context(
+                rip=self.symbol("ret_from_fork_asm"), rsp=initial_rsp(thread), rbx=function, rdi=argument, rflags=RFLAGS_IF,
+                **registers,
+            )
         if runs:
-            self._threads[cpu] = thread
+            self.sched.running[cpu] = thread
         return thread
+
+    def attach_cpus(self, cpus: list[KernelCpu]) -> None:
+        """The CPUs are there: each gets its idle thread, CPU 0 that of boot (v6.12 kernel/smpboot.c idle_threads_init)."""
+        self._cpus = cpus
+        for cpu in cpus:
+            if cpu.id:
+                idle = self.create_thread(f"swapper/{cpu.id}", cpu.id, runs=False)
+                self._next_pid -= 1
+            else:
+                idle = KernelThread(0, "swapper/0", self.layout.va(self._boot_pages(THREAD_SIZE)))
+            idle.pid = 0
+            self.sched.idle.append(idle)
+            self.idle_again(cpu.id)
+
+    def idle_again(self, number: int) -> None:
+        """Put a CPU, whatever it did, into its idle loop."""
+        idle = self.sched.idle[number]
+        cpu = self._cpus[number]
+        idle.state = ThreadState.RUNNABLE
+        cpu.load_context(cpu.make_context(rip=self.text.idle, rsp=initial_rsp(idle), rflags=RFLAGS_IF))
+        self.sched.running[number] = idle
+        self.sched.spinning[number] = False
+        self.sched.idling[number] = True
+        self._preempt[number].count = 0
+
+    def thread_returned(self, cpu: KernelCpu, value: int) -> None:
+        """A thread's function has returned: the thread is over, and its CPU takes another one (v6.12 kernel/exit.c do_exit)."""
+        thread = self.current_thread(cpu)
+        if thread.on_exit is not None:
+            thread.on_exit(value)
+        self.sched.exit_current()
+
+    def abandon(self, thread: KernelThread) -> None:
+        """A thread has died where it stood: its CPU goes back to its idle loop, its stack stays as it is."""
+        thread.state = ThreadState.DEAD
+        self.dead_ends += thread.activations
+        thread.activations = []
+        self.idle_again(thread.cpu)
 
     def exit_thread(self, thread: KernelThread) -> None:
         """A thread is dead and off its CPU: its stack is given back. Raises ValueError when it has been already."""
         if thread.stack_vm_area is None:
             raise ValueError(f"thread {thread.pid} has given its stack back already")
-        if self._threads.get(thread.cpu) is thread:
-            del self._threads[thread.cpu]
+        if self.sched.running[thread.cpu] is thread:
+            self.sched.running[thread.cpu] = None
         self.thread_stacks.exit_task_stack_account(thread.stack_vm_area)
         self.thread_stacks.free_thread_stack(thread.stack_vm_area)
         thread.stack_vm_area = None
 
     def _mempolicy(self) -> Mempolicy | None:
-        thread = self._threads.get(self.cpus.current)
+        thread = self.sched.running[self.cpus.current]
         return None if thread is None else thread.mempolicy
 
     def current_thread(self, cpu: KernelCpu) -> KernelThread:
-        """The thread that a CPU runs."""
-        return self._threads[cpu.id]
+        """The thread that a CPU runs. Raises AssertionError before there is one."""
+        thread = self.sched.running[cpu.id]
+        assert thread is not None, f"CPU {cpu.id} has no thread yet"
+        return thread
 
     def oops_task(self, cpu: KernelCpu) -> Task:
         """The current thread as an oops names it."""
         thread = self.current_thread(cpu)
         return Task(thread.comm, thread.pid, cpu.id)
+
+    def _schedule_debug(self, thread: KernelThread) -> None:
+        """A thread that may not sleep does (v6.12 kernel/sched/core.c __schedule_bug)."""
+        count = self.preempt(thread.cpu)
+        if count.in_atomic:
+            self.print_lines((f"BUG: scheduling while atomic: {thread.comm}/{thread.pid}/0x{count.count:08x}",))
+            self._dump_stack()
+            count.count = 0
 
     # ---- modules
 
@@ -353,12 +362,12 @@ class Kernel:
 
         Raises PageFault or NonCanonical when the model's access to guest memory faults: an exception at the stub.
         """
-        self._cpu = cpu
+        self._entered = True
         self.cpus.current = cpu.id
-        vector = self._stub_vectors.get(la)
-        if vector is not None:
-            return self.exceptions.handle(cpu, vector)
+        vector = self.text.vectors.get(la)
         try:
+            if vector is not None:
+                return self.exceptions.handle(cpu, vector)
             self._call(cpu, la)
         except TaskEnded as ended:
             return ended.ending
@@ -366,7 +375,7 @@ class Kernel:
 
     def is_stub(self, la: int) -> bool:
         """Whether an HLT at `la` is the model's to handle."""
-        return la in self._stub_vectors or la in self.symbols.exports or la == self.kthread_exit
+        return la in self.symbols.exports or self.text.is_stop(la)
 
     def _call(self, cpu: KernelCpu, la: int) -> None:
         export = self.symbols.exports[la]
@@ -382,6 +391,36 @@ class Kernel:
         if result is not None:
             cpu.set_reg("rax", result & 0xFFFF_FFFF_FFFF_FFFF)
         cpu.set_reg("rip", la + 1)
+        if self.sched.need_resched[cpu.id] and not self._preempt[cpu.id].in_atomic and cpu.reg("rflags") & RFLAGS_IF:
+            self.sched.yield_cpu()
+
+    # ---- the CPUs
+
+    def cpu_by_number(self, number: int) -> KernelCpu:
+        """CPU `number`. Raises IndexError for one that is not there."""
+        return self._cpus[number]
+
+    def preempt(self, number: int) -> PreemptCount:
+        """preempt_count of a CPU."""
+        return self._preempt[number]
+
+    @property
+    def _cpu(self) -> KernelCpu | None:
+        """The CPU that runs the model; None before one has entered it."""
+        return self._cpus[self.cpus.current] if self._entered else None
+
+    @property
+    def caller(self) -> int:
+        """The return address of the exported function under way."""
+        activation = self.sched.activation
+        return self._caller if activation is None else activation.caller
+
+    @caller.setter
+    def caller(self, value: int) -> None:
+        if self.sched.activation is None:
+            self._caller = value
+        else:
+            self.sched.activation.caller = value
 
     # ---- what the allocators ask of their kernel (WorkQueue, KernelReport, Context)
 
@@ -408,10 +447,11 @@ class Kernel:
 
     def _rcu_core(self) -> None:
         callbacks, self._rcu_callbacks = self._rcu_callbacks, []
-        self._interrupt_depth += 1
+        count = self._preempt[self.cpus.current]
+        count.softirq += 1
         for callback in callbacks:
             callback()
-        self._interrupt_depth -= 1
+        count.softirq -= 1
 
     def rcu_barrier(self) -> None:
         """Let a grace period pass: run what waits for it, and the work that comes of it."""
@@ -420,12 +460,12 @@ class Kernel:
     @property
     def in_interrupt(self) -> bool:
         """In interrupt context."""
-        return self._interrupt_depth > 0
+        return self._preempt[self.cpus.current].in_interrupt
 
     @property
     def in_nmi(self) -> bool:
         """In an NMI handler."""
-        return False
+        return self._preempt[self.cpus.current].in_nmi
 
     @property
     def fatal_signal_pending(self) -> bool:

@@ -28,6 +28,22 @@ class KernelCpu(Protocol):
         """Supervisor data write at linear address `la`. Raises PageFault or NonCanonical."""
 
 
+    def save_context(self) -> list[int]:
+        """The registers that a thread keeps while another one has the CPU."""
+
+    def load_context(self, context: list[int]) -> None:
+        """Go on with the registers of `save_context` or `make_context`."""
+
+    def make_context(self, **registers: int) -> list[int]:
+        """A context of these registers, all others zero. Raises KeyError for a register that is not part of one."""
+
+    def invlpg(self, la: int) -> None:
+        """Execute INVLPG."""
+
+    def invpcid(self, kind: int, pcid: int, la: int) -> None:
+        """Execute INVPCID (SDM vol. 2A). Raises GeneralProtection."""
+
+
 class TlbFlush(Protocol):
     """The TLB maintenance the kernel asks of the machine (v6.12 arch/x86/mm/tlb.c)."""
 

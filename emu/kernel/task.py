@@ -7,11 +7,18 @@ kernel/fork.c for their stacks, which come from emu/kernel/thread_stack.py.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from emu.kernel.mempolicy import Mempolicy
 from emu.kernel.thread_stack import THREAD_SIZE
 from emu.kernel.vm_struct import VmStruct
+
+if TYPE_CHECKING:
+    from emu.kernel.mm import Mm
+    from emu.kernel.sched import Activation
 
 TASK_COMM_LEN = 16
 # A frame that looks like the saved registers of a thread that never was in user mode lies on top of each stack.
@@ -19,11 +26,21 @@ TOP_OF_KERNEL_STACK_PADDING = 0
 PT_REGS_SIZE = 168
 
 
-@dataclass(slots=True)
+class ThreadState(Enum):
+    """Whether a thread runs or waits for a CPU, sleeps, or is dead."""
+
+    RUNNABLE = auto()
+    BLOCKED = auto()
+    DEAD = auto()
+
+
+@dataclass(slots=True, eq=False)
 class KernelThread:
     """A thread: its number, name, stack [stack, stack + THREAD_SIZE) and the CPU it runs on.
 
     `stack_vm_area` is the stack's area, None once a dead thread has given it back. `mempolicy` None: the default policy.
+    `context` holds the registers of a thread that is off its CPU; `activations` its calls into the model, innermost last;
+    `waiting_for` says in words what it sleeps for. `mm` is None for a kernel thread. `on_exit` is told the value it returned.
     """
 
     pid: int
@@ -32,6 +49,12 @@ class KernelThread:
     cpu: int = 0
     stack_vm_area: VmStruct | None = None
     mempolicy: Mempolicy | None = None
+    state: ThreadState = ThreadState.RUNNABLE
+    context: list[int] | None = None
+    activations: list[Activation] = field(default_factory=list)
+    waiting_for: str = ""
+    mm: Mm | None = None
+    on_exit: Callable[[int], None] | None = None
 
     @property
     def stack_end(self) -> int:

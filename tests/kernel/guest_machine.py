@@ -83,18 +83,9 @@ class GuestMachine:
         return Ran(returned, self.machine.faults[0] if self.machine.faults else None)
 
     def _probe(self, name: str, la: int, value: int = 0, *, interrupt: bool = False) -> Ran:
-        machine, cpu = self.machine, self.machine.cpu
+        machine = self.machine
         machine.forget_faults()
-        thread = self.kernel.create_thread("probe")
-        for register, number in (("rsp", initial_rsp(thread)), ("rbx", self._probes[name]), ("r12", la), ("r13", value)):
-            cpu.set_reg(register, number)
-        cpu.set_reg("rflags", 0x202)
-        cpu.rip = self.kernel.symbol("ret_from_fork_asm")
-        self.kernel._interrupt_depth = int(interrupt)
-        try:
-            return self._ran(*machine._run())
-        finally:
-            self.kernel._interrupt_depth = 0
+        return self._ran(*machine.call(self._probes[name], comm="probe", interrupt=interrupt, r12=la, r13=value))
 
     def read(self, la: int) -> Ran:
         """One u64 as a guest reads it."""

@@ -107,7 +107,7 @@ def test_R02_a_stack_that_cannot_be_charged_is_uncharged_and_freed():
 def test_R03_a_push_into_the_guard_is_a_double_fault_on_its_own_stack():
     on = machine()
     outcome = run(on, STACK_BASE + "    mov rsp, rax\npush_it:\n    push rbx\n    ret")
-    base = on.kernel.current_thread(on.cpu).stack
+    base = on.thread.stack
     assert [(fault.vector, fault.error, fault.rip) for fault in outcome.faults] == [(8, 0, outcome.symbol("push_it"))]
     assert on.cpu.cr2 == base - 8
     begin, end = on.kernel.cpu_entry_area(0).exception_stack(PageKind.DF_STACK)
@@ -120,7 +120,7 @@ def test_R03_a_push_into_the_guard_is_a_double_fault_on_its_own_stack():
 def test_R03_a_store_below_a_stack_that_is_still_valid_is_a_page_fault_with_the_same_report():
     on = machine()
     outcome = run(on, STACK_BASE + "    mov [rax - 8], rbx\n    ret")
-    base = on.kernel.current_thread(on.cpu).stack
+    base = on.thread.stack
     assert [(fault.vector, fault.error, fault.address) for fault in outcome.faults] == [(14, 2, base - 8)]
     assert outcome.log[0].startswith(f"BUG: TASK stack guard page was hit at {base - 8:016x} (stack is {base:016x}..")
 
@@ -145,7 +145,7 @@ def test_R04_below_a_stack_stands_whoever_came_there_and_an_overflow_corrupts_a_
     mov rsp, rcx
     lea rax, [rax - 8]
     ret""")
-    assert k.current_thread(on.cpu).stack == end
+    assert on.thread.stack == end
     assert (outcome.ended, outcome.returned, outcome.faults) == ("returned", end - 8, ())
     assert on.memory.read_u64((int(frames[63]) + 1) * PAGE - 8) == 0x4141414141414141
 
