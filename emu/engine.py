@@ -15,6 +15,7 @@ Source of the engine's behaviour: tests/characterisation.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from enum import Enum, auto
 from threading import Event
@@ -40,9 +41,12 @@ from unicorn import x86_const as x86
 from unicorn.unicorn_py3.unicorn import uclib
 from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER
 
+from emu.block_counter import Block, BlockCounter
+from emu.code_pages import CodePages
 from emu.decode import Undecodable, decode
 from emu.engine_context import EngineError, discover
-from emu.instruction_counter import InstructionCounter
+from emu.engine_registers import REGISTERS, WIDE, RegisterBatch
+from emu.instruction_counter import Allowance, InstructionCounter
 from emu.memory import PAGE_SIZE, BusError, Memory, MmioRegion
 from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.mmu import Mmu
@@ -57,18 +61,12 @@ _ASK_AGAIN = 0.001
 _WRITE_GRANT = 2
 _EXEC_GRANT = 4
 _PAGE_MASK = ~(PAGE_SIZE - 1)
+# PAUSE (SDM vol. 2B): F3 90, other prefixes anywhere before the opcode; with REX.B it would be XCHG.
+_LEGACY = rb"[\x66\x67\xf2\x2e\x36\x3e\x26\x64\x65]{0,12}"
+_PAUSE = re.compile(rb"(?=(" + _LEGACY + rb"\xf3" + _LEGACY + rb"[\x40\x42\x44\x46\x48\x4a\x4c\x4e]?\x90))")
 _IOPL = int(Rflags.IOPL)
 # Bits of CR4 that Unicorn itself must know: SSE, FS/GS base instructions, and SMAP for its split of soft TLBs by RFLAGS.AC.
 _ENGINE_CR4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | Cr4.SMAP | Cr4.TSD | Cr4.DE | Cr4.PAE
-
-REGISTERS = {
-    **{name: getattr(x86, f"UC_X86_REG_{name.upper()}") for name in (
-        "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-        "rip", "rflags", "cs", "ss", "ds", "es", "fs", "gs", "fs_base", "gs_base", "cr0", "cr2", "cr4", "gdtr", "idtr", "tr",
-        "ldtr", "mxcsr", *(f"xmm{n}" for n in range(16)), *(f"dr{n}" for n in (0, 1, 2, 3, 6, 7)),
-    )},
-}
-_WIDE = frozenset(REGISTERS[f"xmm{n}"] for n in range(16))
 
 
 class StopReason(Enum):
@@ -82,6 +80,12 @@ class StopReason(Enum):
     LIMIT = auto()         # the instruction limit
     ASKED = auto()         # somebody called `stop`
     STEPPED = auto()       # one instruction was executed, as asked
+    BUDGET = auto()        # the run executed as many instructions as it was allowed; RIP is at the next
+    PAUSE = auto()         # PAUSE was executed, and `pause_yields` is set; RIP is behind it
+
+
+# Stops at an instruction of a block that has begun.
+_INSIDE = frozenset((StopReason.FAULT, StopReason.INTERCEPT, StopReason.INTERRUPT, StopReason.INVALID, StopReason.PAUSE))
 
 
 def _stops(code: bytes) -> PrivilegedInstruction | None:
@@ -93,32 +97,6 @@ def _stops(code: bytes) -> PrivilegedInstruction | None:
     if found is not None and found.name == "mov_from_cr" and found.reg == 2 and 0xF0 not in found.prefixes:
         return None
     return found
-
-
-class RegisterBatch:
-    """64-bit registers of one engine, read or written by a single call: 1 us for five, 2 us for eighteen."""
-
-    def __init__(self, handle: object, names: tuple[str, ...]) -> None:
-        self._handle = handle
-        self._count = len(names)
-        self._numbers = (ctypes.c_int * self._count)(*(REGISTERS[name] for name in names))
-        self._values = (ctypes.c_uint64 * self._count)()
-        base = ctypes.addressof(self._values)
-        self._pointers = (ctypes.c_void_p * self._count)(*(base + 8 * n for n in range(self._count)))
-        self._read = uclib.uc_reg_read_batch
-        self._write = uclib.uc_reg_write_batch
-
-    def read(self) -> list[int]:
-        """The values, in the order of the names."""
-        # A selector is written as 16 bits.
-        ctypes.memset(self._values, 0, 8 * self._count)
-        self._read(self._handle, self._numbers, self._pointers, self._count)
-        return self._values[:]
-
-    def write(self, *values: int) -> None:
-        """Set all of them, in the order of the names."""
-        self._values[:] = list(values)
-        self._write(self._handle, self._numbers, self._pointers, self._count)
 
 
 class Engine:
@@ -149,7 +127,8 @@ class Engine:
         self._emu_stop = uclib.uc_emu_stop
         self._word = ctypes.c_uint64()
         self._word_address = ctypes.byref(self._word)
-        self.counter = None if limit is None else InstructionCounter(self.uc, limit)
+        self._blocks: BlockCounter | None = None
+        self.counter: Allowance | None = None if limit is None else self._make_counter(limit)
         self.fault: PageFault | NonCanonical | BusError | None = None
         self.fault_access = Access.READ
         self.fault_page = 0
@@ -162,23 +141,39 @@ class Engine:
         self._soft_tlb_stale = False
         self._code_stale = False
         self._translate_again = False
-        # Pages this CPU may fetch from now, by linear address: what the soft TLB holds with the right to execute.
-        self._fetched: dict[int, int] = {}
+        # A store into the page of its own block stops a counted engine, to be executed as a block of its own.
+        self._store_alone = self._storing = False
+        self._refused: Block | None = None
+        self._behind_pause = 0
+        # Whether PAUSE ends a run. It must be set before any code is translated.
+        self.pause_yields = False
         self._hooked: set[int] = set()
-        # The linear pages at which a frame of code was searched for candidates.
-        self._scanned: dict[int, set[int]] = {}
-        self._written: set[int] = set()
+        self._code = CodePages(memory, self.drop_soft_tlb, self._drop_code)
+        self._fetched = self._code.fetched
         # Pages that hold GDT, LDT, IDT or TSS: accesses to them may be implicit supervisor accesses (SDM vol. 3A 4.6.1).
         self.descriptor_pages: set[int] = set()
         self.is_implicit: Callable[[int], bool] = lambda page_la: False
         self._callback_error: Exception | None = None
-        memory.on_code_write = self._on_code_write
         mmu.on_drop = self.drop_soft_tlb
         self._hook_translation()
         self.uc.hook_add(UC_HOOK_INTR, self._on_interrupt)
         self.uc.hook_add(UC_HOOK_INSN_INVALID, self._on_invalid)
         self.uc.hook_add(UC_HOOK_INSN, self._on_in, aux1=x86.UC_X86_INS_IN)
         self.uc.hook_add(UC_HOOK_INSN, self._on_out, aux1=x86.UC_X86_INS_OUT)
+
+    def _make_counter(self, limit: int) -> Allowance:
+        if not BlockCounter.available():
+            return InstructionCounter(self.uc, limit)
+        self._blocks = BlockCounter(self.uc, limit, self.peek, self._fail)
+        return self._blocks
+
+    def _fail(self, error: Exception) -> None:
+        """An error in a callback: the run raises it."""
+        self._callback_error = error
+
+    def close(self) -> None:
+        """Let go of the memory: other engines' stores no longer concern this one, which must not run again."""
+        self._code.close()
 
     def _hook_translation(self) -> None:
         """Take over the translation of addresses, before any code has run."""
@@ -191,42 +186,104 @@ class Engine:
         self.set_reg("cr0", self.mmu.cr0 & ~Cr0.PG)
         self.set_reg("cr4", self.mmu.cr4 & _ENGINE_CR4)
 
-    def run(self, rip: int) -> StopReason:
-        """Execute from `rip` until something needs the outside. The reason's data is in `fault`, `vector`, `counter`."""
-        return self._execute(rip, step=False)
+    def run(self, rip: int, budget: int | None = None, *, exact: bool = True) -> StopReason:
+        """Execute from `rip` until something needs the outside. The reason's data is in `fault`, `vector`, `counter`.
+
+        An engine with a limit executes at most `budget` instructions and then returns BUDGET. That costs nothing at the end of a
+        block of instructions and 25 us inside one. Without `exact` it may stop at the start of the block that would pass the
+        budget, which is as reproducible, but not the same where blocks cannot be counted. Raises ValueError for a budget without
+        a limit.
+        """
+        if budget is not None and self.counter is None:
+            raise ValueError("an engine without an instruction limit does not count: it cannot keep a budget")
+        return self._execute(rip, budget, step=False, exact=exact)
 
     def step(self, rip: int) -> StopReason:
         """Execute the instruction at `rip`: STEPPED, or what `run` would return of it. Ten times as slow as a run."""
-        return self._execute(rip, step=True)
+        return self._execute(rip, 1, step=True, exact=True)
 
-    def _execute(self, rip: int, *, step: bool) -> StopReason:
+    def _execute(self, rip: int, budget: int | None, *, step: bool, exact: bool) -> StopReason:
         if self._code_stale:
             self.uc.ctl_flush_tb()
             self._code_stale = False
         self._running = True
         try:
             if self._asked:
-                self._asked = False
+                self.take_request()
+                self.set_reg("rip", rip)
                 return StopReason.ASKED
-            is_halt = step and self._is_halt(rip)
-            until: int | None = None
-            while True:
-                reason = self._run_until(rip, until, int(step))
-                if self._translate_again:
-                    rip = self.reg("rip")
-                elif reason is StopReason.HALT and step and not is_halt:
-                    return StopReason.STEPPED
-                elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
-                    rip, until = until, None
-                elif reason is StopReason.FAULT and self.fault_access is Access.FETCH:
-                    until = self._last_whole_instruction()
-                    if until is None:
-                        return reason
-                    rip = self.reg("rip")
-                else:
+            if self.counter is None:
+                return self._execute_uncounted(rip, step=step)
+            if self.counter.allow(budget) <= 0:
+                self.set_reg("rip", rip)
+            else:
+                reason = self._execute_counted(self.counter, rip, exact)
+                if reason is not StopReason.BUDGET:
                     return reason
+                if step:
+                    return StopReason.STEPPED
+            if self.counter.left > 0:
+                return StopReason.BUDGET
+            self.counter.exhaust()
+            return StopReason.LIMIT
         finally:
             self._running = False
+
+    def _execute_uncounted(self, rip: int, *, step: bool) -> StopReason:
+        is_halt = step and self._is_halt(rip)
+        until: int | None = None
+        while True:
+            reason = self._run_until(rip, until, int(step))
+            if self._translate_again:
+                rip = self.reg("rip")
+            elif reason is StopReason.HALT and step and not is_halt:
+                return StopReason.STEPPED
+            elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
+                rip, until = until, None
+            elif reason is StopReason.FAULT and self.fault_access is Access.FETCH:
+                until = self._last_whole_instruction()
+                if until is None:
+                    return reason
+                rip = self.reg("rip")
+            else:
+                return reason
+
+    def _execute_counted(self, counter: Allowance, rip: int, exact: bool) -> StopReason:
+        """BUDGET means that no instruction past what `counter` allows was executed; the caller tells whose bound it was."""
+        until: int | None = None
+        granted = counter.allowed
+        while True:
+            reason = self._run_until(rip, until, 0)
+            if reason is StopReason.BUDGET:
+                block = self._refused
+                left = counter.allowed
+                if self._blocks is None or block is None or not left or (not exact and left != granted):
+                    return reason
+                rip, until = block.start, self._blocks.address(block, left)
+            elif self._translate_again:
+                rip = self.reg("rip")
+            elif self._store_alone:
+                rip = self.reg("rip")
+                until = self._behind_store(rip)
+            elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
+                if not counter.allowed:
+                    return StopReason.BUDGET
+                rip, until = until, None
+            elif reason is StopReason.FAULT and self.fault_access is Access.FETCH:
+                until = self._last_whole_instruction()
+                if until is None:
+                    return reason
+                rip = self.reg("rip")
+            else:
+                return reason
+
+    def _behind_store(self, rip: int) -> int:
+        blocks = self._blocks
+        block = blocks.running if blocks is not None else None
+        if blocks is None or block is None:
+            raise EngineError(f"a store at {rip:#x} was stopped outside any block")
+        self._storing = True
+        return blocks.end_of(block, rip)
 
     def _run_until(self, rip: int, until: int | None, count: int) -> StopReason:
         if self._soft_tlb_stale:
@@ -234,27 +291,56 @@ class Engine:
         self._reason = None
         self.fault = None
         self.intercepted = None
-        self._translate_again = False
+        self._translate_again = self._store_alone = False
         if until is not None:
-            self.uc.ctl_set_exits([until])
+            self._cut(rip, until)
         # What the binding's own emu_start does, but for an exception at every fault.
         self.uc._hook_exception = None
         status = self._emu_start(self._handle, rip, 0, 0, count)
+        self._storing = False
         if until is not None:
-            self.uc.ctl_set_exits([])
-            self.uc.ctl_flush_tb()
+            self._cut(rip, None)
         error = self._callback_error or self.uc._hook_exception
         if error is not None:
             self._callback_error = None
             raise error
-        return self._classify(status)
+        reason = self._refusal() or self._classify(status)
+        if self._blocks is not None and reason in _INSIDE and not (
+            reason is StopReason.FAULT and self.fault_access is Access.FETCH
+        ):
+            self._blocks.settle(self.reg("rip"))
+        if reason is StopReason.PAUSE:
+            self.set_reg("rip", self._behind_pause)
+        return reason
+
+    def _cut(self, rip: int, until: int | None) -> None:
+        """Let the block at `rip` end before `until`, or at its natural end again."""
+        self.uc.ctl_set_exits([] if until is None else [until])
+        if self._blocks is not None:
+            self._blocks.exit = until
+        self._forget_block(rip)
+
+    def _forget_block(self, rip: int) -> None:
+        # The library looks the page up as a fetch would, and cannot bear a refusal here.
+        if rip & _PAGE_MASK in self._fetched and not self._soft_tlb_stale and self.mmu.query(rip) is not None:
+            self.uc.ctl_remove_cache(rip, rip + 1)
+        else:
+            self.uc.ctl_flush_tb()
+
+    def _refusal(self) -> StopReason | None:
+        """Whether the counter stopped the engine, and if so on whose behalf."""
+        if self._blocks is None:
+            counter = self.counter
+            return StopReason.BUDGET if isinstance(counter, InstructionCounter) and counter.take_refused() else None
+        self._refused = self._blocks.take_refused()
+        if self._refused is None:
+            return None
+        return StopReason.ASKED if self.take_request() else StopReason.BUDGET
 
     def _classify(self, status: int) -> StopReason:
-        if self.counter is not None and self.counter.exhausted:
-            return StopReason.LIMIT
         if self._reason is not None:
             return self._reason
-        if status == UC_ERR_EXCEPTION and (self.fault is not None or self._translate_again):
+        if status == UC_ERR_EXCEPTION and (self.fault is not None or self._translate_again or self._store_alone):
             return StopReason.FAULT
         if status == UC_ERR_INSN_INVALID:
             return StopReason.INVALID
@@ -282,6 +368,9 @@ class Engine:
     def stop(self) -> None:
         """Stop a run from another thread, at an unspecified instruction; the next run when none is under way."""
         self._asked = True
+        if self._blocks is not None:
+            self._blocks.ask()
+            return
         pause = Event()
         while self._running and self._asked:
             self.uc.emu_stop()
@@ -290,12 +379,14 @@ class Engine:
     def take_request(self) -> bool:
         """Whether `stop` was called since it was last answered; this answers it."""
         asked, self._asked = self._asked, False
+        if self._blocks is not None:
+            self._blocks.answer()
         return asked
 
     def reg(self, name: str) -> int:
         """A register by its lower-case name. Raises KeyError for an unknown one."""
         number = REGISTERS[name]
-        if number in _WIDE:
+        if number in WIDE:
             wide: int = self.uc.reg_read(number)
             return wide
         self._word.value = 0
@@ -305,7 +396,7 @@ class Engine:
     def set_reg(self, name: str, value: int) -> None:
         """Set a register by its lower-case name; CS changes the selector only (see set_cpl)."""
         number = REGISTERS[name]
-        if number in _WIDE:
+        if number in WIDE:
             self.uc.reg_write(number, value)
             return
         self._word.value = value
@@ -354,14 +445,15 @@ class Engine:
 
     def _flush_soft_tlb(self) -> None:
         self._fetched.clear()
+        self._code.written.clear()
         self.uc.ctl(UC_CTL_TLB_FLUSH, UC_CTL_IO_WRITE)
         self._soft_tlb_stale = False
 
-    def _on_code_write(self, frame: int) -> None:
-        """The model, not a CPU, changes the bytes of a frame that was executed."""
-        self.memory.code_frames.discard(frame)
-        self._scanned.pop(frame, None)
+    def _drop_code(self) -> None:
+        """Somebody else changes the bytes of a frame that was executed here."""
         self._code_stale = True
+        if self._blocks is not None:
+            self._blocks.forget()
         self.drop_soft_tlb()
 
     def _make_fill(self) -> Callable[[Uc, int, int, object, object], bool]:
@@ -369,11 +461,14 @@ class Engine:
         mmu = self.mmu
         mmu_fill = mmu.fill
         code_frames = self.memory.code_frames
-        written = self._written
-        scanned = self._scanned
+        code = self._code
+        written = code.written
+        scanned = code.scanned
+        executed = code.executed
         fetch = int(Access.FETCH)
         descriptor_pages = self.descriptor_pages
-        fetched = self._fetched
+        fetched = code.fetched
+        blocks = self._blocks
 
         def fill(uc: Uc, la: int, access: int, entry: object, _data: object) -> bool:
             try:
@@ -395,17 +490,23 @@ class Engine:
                     self._scan(la, frame)
                     if self.reg("rip") & _PAGE_MASK != la:
                         self._translate_again = True
+                        self.fault_access = Access.FETCH
                         return False
+                if executed.get(la) != frame:
+                    if blocks is not None and la in executed:
+                        blocks.forget()
+                    executed[la] = frame
                 fetched[la] = frame << 12
                 grant &= ~_WRITE_GRANT
             elif grant & _WRITE_GRANT:
                 if frame not in code_frames:
                     written.add(frame)
                 elif access == 17:
-                    code_frames.discard(frame)
-                    scanned.pop(frame, None)
-                    self._flush_soft_tlb()
-                    written.add(frame)
+                    if blocks is not None:
+                        if not self._storing and self._stores_into_own_block(frame):
+                            return False
+                        blocks.forget()
+                    code.begin_write(frame)
                 else:
                     grant &= ~_WRITE_GRANT
             entry.paddr = grant & _PAGE_MASK  # type: ignore[attr-defined]
@@ -414,27 +515,47 @@ class Engine:
 
         return fill
 
+    def _stores_into_own_block(self, frame: int) -> bool:
+        """Stop a store into a page that its block lies in: Unicorn might restart it in the middle of the block, uncounted."""
+        assert self._blocks is not None
+        block = self._blocks.running
+        if block is None or block.count == 1:
+            return False
+        pages = {la & _PAGE_MASK for la in (block.start, block.start + block.size - 1)}
+        if not any(self._code.executed.get(page) == frame for page in pages):
+            return False
+        self._store_alone = True
+        self.fault_access = Access.WRITE
+        return True
+
     def _scan(self, la: int, frame: int) -> None:
         """Hook the candidates of a page that is about to be executed, and take back the rights to write its frame."""
-        if frame in self._written:
-            self._written.clear()
-            self._flush_soft_tlb()
-        self.memory.code_frames.add(frame)
-        self._scanned.setdefault(frame, set()).add(la)
+        self._code.begin_fetch(la, frame)
         if self._region_of(frame << 12) is not None:
             return
         page = self.memory.read(frame << 12, PAGE_SIZE)
+        if self.pause_yields:
+            for match in _PAUSE.finditer(page):
+                self._hook(la + match.start())
         for offset in candidates(page):
             if offset <= PAGE_SIZE - MAX_LENGTH and not _stops(page[offset : offset + MAX_LENGTH]):
                 continue
-            address = la + offset
-            if address not in self._hooked:
-                self._hooked.add(address)
-                self.uc.hook_add(UC_HOOK_CODE, self._on_candidate, begin=address, end=address)
+            self._hook(la + offset)
+
+    def _hook(self, address: int) -> None:
+        if address not in self._hooked:
+            self._hooked.add(address)
+            self.uc.hook_add(UC_HOOK_CODE, self._on_candidate, begin=address, end=address)
 
     def _on_candidate(self, uc: Uc, la: int, size: int, _data: object) -> None:
         try:
             code = self.peek(la, MAX_LENGTH)
+            pause = _PAUSE.match(code) if self.pause_yields else None
+            if pause is not None:
+                self._behind_pause = la + pause.end(1)
+                self._reason = StopReason.PAUSE
+                self._emu_stop(self._handle)
+                return
             instruction = _stops(code)
             if instruction is None or (instruction.name in PORTS and self._may_use_ports()):
                 return

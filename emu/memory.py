@@ -10,6 +10,7 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,16 @@ class MmioRegion:
     write: MmioWrite
 
 
+class CodeListener(Protocol):
+    """A CPU that may hold code of this memory as translations, and rights to write it unseen."""
+
+    def code_changed(self, frame: int) -> None:
+        """The bytes of a frame that was executed change, and not by this CPU."""
+
+    def code_fetched(self, frame: int) -> None:
+        """Another CPU begins to execute a frame: from now on it must see this CPU's stores to it."""
+
+
 class Memory:
     """RAM of `size` bytes in `nodes` NUMA nodes.
 
@@ -88,9 +99,9 @@ class Memory:
             Node(n, n * share, size if n == nodes - 1 else (n + 1) * share) for n in range(nodes)
         )
         self.mmio: list[MmioRegion] = []
-        # Frames whose bytes a CPU may hold as translated code; writing one from outside the CPUs must be told to them.
+        # Frames whose bytes a CPU may hold as translated code, and the CPUs to tell when somebody else writes one.
         self.code_frames: set[int] = set()
-        self.on_code_write: Callable[[int], None] | None = None
+        self.code_listeners: list[CodeListener] = []
 
     def node_of(self, pa: int) -> int:
         """NUMA node of a physical address."""
@@ -110,8 +121,10 @@ class Memory:
         self._check(pa, size)
         if self.code_frames and size:
             for frame in range(pa >> PAGE_SHIFT, (pa + size - 1 >> PAGE_SHIFT) + 1):
-                if frame in self.code_frames and self.on_code_write is not None:
-                    self.on_code_write(frame)
+                if frame in self.code_frames:
+                    self.code_frames.discard(frame)
+                    for listener in self.code_listeners:
+                        listener.code_changed(frame)
 
     def overlay_mmio(self, region: MmioRegion) -> None:
         """Let a device answer for a page-aligned physical range. Raises ValueError when it is unaligned or overlaps another."""

@@ -102,6 +102,8 @@ class NativeEngine(Engine):
         # The block that was translated without a hook in front of one of its instructions: address and size.
         self._discard: tuple[int, int] | None = None
         super().__init__(memory, mmu, limit=None)
+        self._code.close()
+        memory.code_listeners.append(self)
         self._prime()
         if limit is not None:
             self.counter = InstructionCounter(self.uc, limit)
@@ -125,6 +127,18 @@ class NativeEngine(Engine):
         self._forget_blocks()
         if reported != [0, 2]:
             raise EngineError("this Unicorn does not report every block that it translates")
+
+    def code_changed(self, frame: int) -> None:
+        """The bytes of a frame that was executed change, and not by this CPU."""
+        self._drop_code()
+
+    def code_fetched(self, frame: int) -> None:
+        """Stores of this CPU are not seen by others: native mode is for one CPU."""
+
+    def close(self) -> None:
+        """Base class's."""
+        if self in self.memory.code_listeners:
+            self.memory.code_listeners.remove(self)
 
     def _forget_blocks(self) -> None:
         self.memory.code_frames.clear()
