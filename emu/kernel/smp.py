@@ -182,9 +182,12 @@ class SmpCalls:
             return
         chosen = [cpu for cpu in self._online(mask) if cond is None or cond(cpu)]
         this_cpu = self.kernel.cpus.current
+        preempt = self.kernel.preempt(this_cpu)
+        preempt.add(PREEMPT_OFFSET)
         self._many(chosen, func, wait, False, None, cause)
         if this_cpu in chosen:
             self._run_local(this_cpu, func)
+        preempt.add(-PREEMPT_OFFSET)
 
     def _many(
         self, mask: Collection[int], func: Function, wait: bool, run_local: bool, cond: Condition | None, cause: str
