@@ -10,13 +10,13 @@ from emu.kernel import set_memory
 from emu.kernel.guest_exports import MASK64, GuestExports, c_int, c_unsigned
 from emu.kernel.init_64 import InitMm
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE
+from emu.kernel.memtype import PageCacheMode, phys_addr
 from emu.kernel.page_alloc import MAX_PAGE_ORDER, NUMA_NO_NODE
-from emu.kernel.pgprot import NX, PAT, PCD, PWT
+from emu.kernel.pgprot import NX
 from emu.kernel.pgtable_types import FlushRange
 from emu.kernel.vmalloc import NODE_ZONELISTS
 
 Change = Callable[[InitMm, int, int], tuple[int, FlushRange]]
-_CACHE_MASK = PWT | PCD | PAT
 
 
 def set_memory_rox(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]:
@@ -25,26 +25,10 @@ def set_memory_rox(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRang
     return set_memory.change_page_attr_set_clr(mm, addr, numpages, clear_mask=read_only | NX)
 
 
-def set_memory_uc(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]:
-    """Uncached unless an MTRR says write-combining (UC-)."""
-    return set_memory.change_page_attr_set_clr(mm, addr, numpages, set_mask=PCD, clear_mask=_CACHE_MASK & ~PCD)
-
-
-def set_memory_wc(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]:
-    """Write-combining."""
-    return set_memory.change_page_attr_set_clr(mm, addr, numpages, set_mask=PWT, clear_mask=_CACHE_MASK & ~PWT)
-
-
-def set_memory_wb(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]:
-    """Write-back."""
-    return set_memory.change_page_attr_set_clr(mm, addr, numpages, clear_mask=_CACHE_MASK)
-
-
 _CHANGES: tuple[tuple[str, Change, bool], ...] = (
     ("set_memory_ro", set_memory.set_memory_ro, True), ("set_memory_rw", set_memory.set_memory_rw, True),
     ("set_memory_x", set_memory.set_memory_x, True), ("set_memory_nx", set_memory.set_memory_nx, True),
-    ("set_memory_rox", set_memory_rox, True), ("set_memory_uc", set_memory_uc, False),
-    ("set_memory_wc", set_memory_wc, False), ("set_memory_wb", set_memory_wb, False),
+    ("set_memory_rox", set_memory_rox, True),
 )
 
 
@@ -60,6 +44,9 @@ class PageExports:
         export("lookup_address", self._lookup_address, 2, gpl=True)
         for name, function, gpl in _CHANGES:
             export(name, lambda la, count, change=function: self._set_memory(change, la, c_int(count)), 2, gpl=gpl)
+        export("set_memory_uc", lambda la, count: self._set_memory_type(PageCacheMode.UC_MINUS, la, c_int(count)), 2)
+        export("set_memory_wc", lambda la, count: self._set_memory_type(PageCacheMode.WC, la, c_int(count)), 2)
+        export("set_memory_wb", lambda la, count: self._set_memory_wb(la, c_int(count)), 2)
 
     def _register_pages(self) -> None:
         exports, export, layout = self.exports, self.exports.export, self.kernel.layout
@@ -140,6 +127,37 @@ class PageExports:
         self.kernel.cpu.write(level_la, int(found.level).to_bytes(4, "little"))
         return self.kernel.layout.va(found.entry_pa)
 
+    def _set_memory_type(self, mode: PageCacheMode, la: int, count: int) -> int:
+        """set_memory_uc and set_memory_wc: as _set_memory, after a reservation of the memory type that may be refused."""
+        memtypes = self.kernel.ioremap.memtypes
+        start = phys_addr(self.kernel.layout, la)
+        end = start + (count << PAGE_SHIFT) & MASK64
+        err = memtypes.reserve(start, end, mode, strict=True)[0]
+        if err:
+            return err
+        err = self._change_type(mode, la, count)
+        if err:
+            memtypes.free(start, end)
+        return err
+
+    def _set_memory_wb(self, la: int, count: int) -> int:
+        err = self._change_type(PageCacheMode.WB, la, count)
+        if not err:
+            start = phys_addr(self.kernel.layout, la)
+            self.kernel.ioremap.memtypes.free(start, start + (count << PAGE_SHIFT) & MASK64)
+        return err
+
+    def _change_type(self, mode: PageCacheMode, la: int, count: int) -> int:
+        tlb = self.kernel.tlb
+
+        def change(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]:
+            err, flushes = set_memory.set_memory_type(mm, addr, numpages, mode)
+            for flush in flushes[:-1]:
+                flush.flush(tlb, "cpa_flush")
+            return err, flushes[-1]
+
+        return self._set_memory(change, la, count)
+
     def _set_memory(self, change: Change, la: int, count: int) -> int:
         """change_page_attr_set_clr(): 0, -ENOMEM, or -EFAULT with a WARN at the first page that is not mapped.
 
@@ -153,7 +171,7 @@ class PageExports:
         if not count:
             return 0
         err, flush = change(kernel.init_mm, la, count & MASK64)
-        flush.flush(kernel.tlb)
+        flush.flush(kernel.tlb, "cpa_flush")
         if err == -errno.EINVAL:
             hole = self._first_hole(la, count & MASK64)
             kernel.warn("__cpa_process_fault", f"CPA: called for zero pte. vaddr = {hole:x} cpa->vaddr = {la:x}")

@@ -31,15 +31,21 @@ class VmapExports:
 
     def _register_ioremap(self, io: Ioremap) -> None:
         kernel, export = self.kernel, self.exports.export
+        io.memtypes.current = self._current
         functions: tuple[tuple[str, Callable[[int, int, int], int], bool], ...] = (
             ("ioremap", io.ioremap, False), ("ioremap_uc", io.ioremap_uc, True), ("ioremap_wc", io.ioremap_wc, False),
             ("ioremap_wt", io.ioremap_wt, False), ("ioremap_cache", io.ioremap_cache, False),
         )
         for name, function, gpl in functions:
             export(name, lambda phys, size, map_it=function: map_it(phys, size, kernel.caller), 2, gpl=gpl)
+        export("ioremap_prot", lambda phys, size, prot: io.ioremap_prot(phys, size, prot, kernel.caller), 3)
         export("iounmap", io.iounmap, 1)
         export("memremap", self._memremap, 3)
         export("memunmap", self._memunmap, 1)
+
+    def _current(self) -> str:
+        thread = self.kernel.current_thread(self.kernel.cpu)
+        return f"{thread.comm}:{thread.pid}"
 
     def _vmap(self, pages: int, count: int, flags: int, prot: int) -> int:
         """The array is read only when there is room for the mapping: until then the wildest pointer does no harm."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from emu.kernel.gfp import GFP_KERNEL
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE
-from emu.kernel.pgprot import DIRTY, GLOBAL, KERNPG_TABLE, NX, PGPROT_MASK, PRESENT, RW, large_prot, small_prot
+from emu.kernel.memtype import CACHE_MASK, PageCacheMode
+from emu.kernel.pgprot import DIRTY, GLOBAL, KERNPG_TABLE, NX, PCD, PGPROT_MASK, PRESENT, PWT, RW, large_prot, small_prot
 from emu.kernel.pgtable_types import FLUSH_EVERYTHING, NOTHING_TO_FLUSH, FlushRange, Lookup
 from emu.mmu.entry import PHYSICAL_MASK
 
@@ -151,6 +152,21 @@ def set_memory_x(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]
 def set_memory_nx(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]:
     """Make non-executable."""
     return change_page_attr_set_clr(mm, addr, numpages, set_mask=NX)
+
+
+def set_memory_type(mm: InitMm, addr: int, numpages: int, mode: PageCacheMode) -> tuple[int, list[FlushRange]]:
+    """_set_memory_uc, _wc, _wt and _wb: change the memory type without a reservation; what is owed for each pass, in order.
+
+    Uncached and write-through are set on top of what is there; write-combining comes after uncached.
+    """
+    if mode == PageCacheMode.WB:
+        err, flush = change_page_attr_set_clr(mm, addr, numpages, clear_mask=CACHE_MASK)
+        return err, [flush]
+    err, flush = change_page_attr_set_clr(mm, addr, numpages, set_mask=CACHE_MASK if mode == PageCacheMode.WT else PCD)
+    if err or mode != PageCacheMode.WC:
+        return err, [flush]
+    err, second = change_page_attr_set_clr(mm, addr, numpages, set_mask=PWT, clear_mask=CACHE_MASK)
+    return err, [flush, second]
 
 
 def set_direct_map_invalid(mm: InitMm, pfn: int) -> tuple[int, FlushRange]:

@@ -85,6 +85,10 @@ _WARNS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "change_page_attr_set_clr": _both("change_page_attr_set_clr", 1889, 1814),
         "__cpa_process_fault": _both("__cpa_process_fault", 1635, 1585),
     },
+    "arch/x86/mm/pat/memtype.c": {
+        "memtype_reserve": _both("memtype_reserve", 536, 601),
+        "reserve_ram_pages_type": _both("memtype_reserve", 450, 515),
+    },
     _IOMEM: {
         "memremap:mixed": _both("memremap", 78, 81),
         "memremap:ram": _both("memremap", 104, 107),

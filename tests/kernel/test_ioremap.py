@@ -101,7 +101,7 @@ def test_a_second_mapping_gets_the_type_of_the_first_until_that_is_gone():
     assert k.mm.lookup(second).entry & 0x18 == 0x10
     io.iounmap(first)
     io.iounmap(second)
-    assert io.memtypes == []
+    assert io.memtypes.entries == []
     assert k.mm.lookup(io.ioremap_wc(BAR, PAGE)).entry & 0x18 == 0x08
 
 
@@ -121,7 +121,7 @@ def test_a_mapping_that_fails_leaves_nothing_reserved():
     k.pages.should_fail = lambda gfp, order: True
     assert io.ioremap(BAR, PAGE) == 0
     k.pages.should_fail = None
-    assert io.memtypes == []
+    assert io.memtypes.entries == []
     k.validate()
 
 

@@ -563,7 +563,7 @@ class KernelMappings(RuleBasedStateMachine):
         assert k.space.vmap_lazy_nr == 0
         assert k.space.cache.live == len(self.first_free) + len(k.space.free.spare)
         assert self._slab_frames() == self.slab0
-        assert self.io.memtypes == []
+        assert self.io.memtypes.entries == []
         assert (k.task.bugs, k.vmalloc.nr_vmalloc_pages) == ([], 0)
         self.the_tables_map_exactly_the_pages_of_the_live_areas_and_every_frame_is_accounted_for()
 

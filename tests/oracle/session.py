@@ -18,7 +18,8 @@ from vmap_machine import Kernel, kernel
 
 from emu.kernel import set_memory
 from emu.kernel.gfp import GFP_ATOMIC, GFP_KERNEL, Gfp
-from emu.kernel.ioremap import Ioremap, Memtype, PageCacheMode
+from emu.kernel.ioremap import Ioremap
+from emu.kernel.memtype import PageCacheMode
 from emu.kernel.profile import find_profile
 from emu.kernel.vm_struct import Vm, VmStruct
 
@@ -65,7 +66,7 @@ class Session:
         self.io = Ioremap(self.k.vmap, self.k.memblock)
         # Mapped uncached by boot: the HPET and the local APIC.
         for start in (0xFED00000, 0xFEE00000):
-            self.io.memtypes.append(Memtype(start, start + PAGE, PageCacheMode.UC_MINUS))
+            self.io.memtypes.reserve(start, start + PAGE, PageCacheMode.UC_MINUS, strict=True)
         self.compared: dict[tuple[str, str], int] = {}
         self.differences: list[Difference] = []
         self.la = self.bar = self.bar_size = self.first = self.iteration = 0

@@ -14,6 +14,8 @@ void __iomem *ioremap_uc(phys_addr_t phys, unsigned long size);
 void __iomem *ioremap_wc(phys_addr_t phys, unsigned long size);
 void __iomem *ioremap_wt(phys_addr_t phys, unsigned long size);
 void __iomem *ioremap_cache(phys_addr_t phys, unsigned long size);
+/* The memory type that a page with this protection has; the rest of it does not count. */
+void __iomem *ioremap_prot(phys_addr_t phys, unsigned long size, unsigned long prot);
 void iounmap(volatile void __iomem *addr);
 
 enum { MEMREMAP_WB = 1 << 0, MEMREMAP_WT = 1 << 1, MEMREMAP_WC = 1 << 2 };

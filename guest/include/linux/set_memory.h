@@ -11,6 +11,10 @@ int set_memory_rw(unsigned long addr, int numpages);
 int set_memory_x(unsigned long addr, int numpages);
 int set_memory_nx(unsigned long addr, int numpages);
 int set_memory_rox(unsigned long addr, int numpages);
+/*
+ * Besides: -EBUSY with a message where the memory has another type already, which set_memory_wb() ends; RAM may not even get the
+ * type it has. A count of 0 is -EINVAL with a WARN.
+ */
 int set_memory_uc(unsigned long addr, int numpages);
 int set_memory_wc(unsigned long addr, int numpages);
 int set_memory_wb(unsigned long addr, int numpages);
