@@ -1,4 +1,7 @@
-"""Exported functions: printk and its kin, panic, dump_stack (v6.12 kernel/printk/printk.c, kernel/panic.c, lib/vsprintf.c)."""
+"""Exported functions: printk and its kin, panic, dump_stack, and what fortified string functions end in.
+
+Source: v6.12 kernel/printk/printk.c, kernel/panic.c, lib/vsprintf.c, lib/string_helpers.c.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,11 @@ from emu.kernel.vsprintf import NextArgument
 
 _C_STRING_CHUNK = 256
 _MAX_C_STRING = 1 << 16
+# v6.12 include/linux/fortify-string.h: EACH_FORTIFY_FUNC.
+_FORTIFY_FUNCTIONS = (
+    "strncpy", "strnlen", "strlen", "strscpy", "strlcat", "strcat", "strncat", "memset", "memcpy", "memmove", "memscan", "memcmp",
+    "memchr", "memchr_inv", "kmemdup", "strcpy", "UNKNOWN",
+)  # fmt: skip
 
 
 class PrintExports:
@@ -24,6 +32,11 @@ class PrintExports:
         export("panic", self._panic, 1, varargs=True)
         export("__warn_printk", self._warn_printk, 1, varargs=True)
         export("dump_stack", self._dump_stack, 0)
+        if self.kernel.profile.version >= (6, 10):
+            export("__fortify_report", self._fortify_report, 3)
+            export("__fortify_panic", self._fortify_panic, 3)
+        else:
+            export("fortify_panic", self._fortify_panic_by_name, 1)
 
     def _c_string(self, la: int) -> str:
         """A NUL-terminated string of the guest. Raises PageFault where it is not mapped."""
@@ -54,6 +67,20 @@ class PrintExports:
     def _warn_printk(self, fmt: int, next_argument: NextArgument) -> None:
         self.kernel.print_lines(("------------[ cut here ]------------",))
         self.kernel.log.printk(self._format(fmt, next_argument))
+
+    def _fortify_report(self, reason: int, avail: int, size: int) -> None:
+        """The WARN of a string function that a compiler's checks refuse; `reason` has its number and whether it writes."""
+        name = _FORTIFY_FUNCTIONS[min(reason >> 1 & 0x7F, len(_FORTIFY_FUNCTIONS) - 1)]
+        what = "write" if reason & 1 else "read"
+        self.kernel.warn("__fortify_report", f"{name}: detected buffer overflow: {size} byte {what} of buffer size {avail}")
+
+    def _fortify_panic(self, reason: int, avail: int, size: int) -> None:
+        self._fortify_report(reason, avail, size)
+        self.kernel.bug("__fortify_panic")
+
+    def _fortify_panic_by_name(self, name: int) -> None:
+        self.kernel.printk(f"detected buffer overflow in {self._c_string(name)}")
+        self.kernel.bug("fortify_panic")
 
     def _dump_stack(self) -> None:
         self.kernel.exceptions.dump_stack(self.kernel.cpu)

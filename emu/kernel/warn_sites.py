@@ -14,6 +14,7 @@ _SET_MEMORY = "arch/x86/mm/pat/set_memory.c"
 _IOMEM = "kernel/iomem.c"
 _UTIL = "mm/util.c"
 _MEMORY = "mm/memory.c"
+_STRING = "lib/string_helpers.c"
 _VERSIONS = ("6.12", "6.1")
 
 
@@ -93,6 +94,7 @@ _WARNS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "memremap:mixed": _both("memremap", 78, 81),
         "memremap:ram": _both("memremap", 104, 107),
     },
+    _STRING: {"__fortify_report": _new("__fortify_report", 1032)},
     _UTIL: {"kvmalloc_node": (("__kvmalloc_node_noprof", 670), ("kvmalloc_node", 596))},
     "mm/page_alloc.c": {"__alloc_pages": (("__alloc_pages_noprof", 4832), ("__alloc_pages", 5634))},
     "lib/vsprintf.c": {"vsnprintf": _both("vsnprintf", 2741, 2743)},
@@ -124,6 +126,7 @@ _BUGS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "vm_insert_page:mmap_read_trylock": _both("vm_insert_page", 2224, 2054),
         "vm_insert_page:VM_PFNMAP": _both("vm_insert_page", 2225, 2055),
     },
+    _STRING: {"__fortify_panic": _new("__fortify_panic", 1040), "fortify_panic": _old("fortify_panic", 1027)},
     "mm/slub.c": {"double free": _both("kfree", 550, 419)},
 }
 

@@ -68,6 +68,17 @@ def test_every_recorded_ioremap_makes_the_recorded_area_and_leaves(name):
     k.validate()
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_memremap_of_ram_is_its_recorded_address_in_the_direct_map(name):
+    (recorded,) = (record for record in recorded_facts(name) if record["t"] == "memremap")
+    option, version, levels = name.split("-")
+    options = {} if option == "main" else {OPTIONS[option]: option != "nogb"}
+    on = booted.machine(kernel=version, levels=int(levels[0]), **options)
+    code = "    sub rsp, 8\n    mov edi, 0x1000000\n    mov esi, 4096\n    mov edx, 1\n    call memremap\n    add rsp, 8\n    ret"
+    la = booted.run(on, code).returned
+    assert (la, on.kernel.layout.is_vmalloc_addr(la)) == (number(recorded["ret"]), bool(recorded["isvm"]))
+
+
 def test_ram_in_use_is_refused_with_a_warning_and_reserved_ram_is_mapped():
     k, io = machine()
     assert io.ioremap(32 << 20, PAGE) == 0

@@ -13,6 +13,8 @@ BOOT_ROWS = "tests/oracle/test_sessions.py::test_every_row_of_boot_is_printed_fr
 CALLS = "tests/kernel/test_vmalloc_facts.py::test_every_recorded_call_makes_the_recorded_area_and_leaves"
 SET_MEMORY = "tests/kernel/test_set_memory.py::test_set_memory_ro_and_rw_write_the_recorded_entries"
 IOREMAP = "tests/kernel/test_ioremap.py::test_every_recorded_ioremap_makes_the_recorded_area_and_leaves"
+MEMREMAP = "tests/kernel/test_ioremap.py::test_memremap_of_ram_is_its_recorded_address_in_the_direct_map"
+FORTIFY = "tests/oracle/test_fortify.py::test_a_fortified_memset_beyond_its_buffer_is_refused_as_recorded"
 LAYOUT = "tests/oracle/test_layout_facts.py"
 PTDUMP = "tests/oracle/test_recorded_leaf_runs.py::test_every_run_of_the_vmalloc_region_and_of_modules_dumps_as_it_was_mapped"
 ERRORS = "tests/oracle/test_errors.py"
@@ -47,7 +49,7 @@ COVERED: dict[tuple[str, str, str, str], str] = {
     ("facts", "*", "basic", "pfn"): "none: frames that this boot's page allocator happened to have free",
     ("facts", "*", "vmap", "vmap_alias"): "tests/ledger/test_vmalloc_areas.py::test_C48_two_vmaps_of_one_page_alias_it",
     ("facts", "*", "deferred", "vfree_ctx_imm"): "none: whether a worker had run by the time the recorder looked again; both occur",
-    ("facts", "*", "ioremap", "memremap"): "none: memremap of RAM is its direct-map address, which the layout tests compare",
+    ("facts", "*", "ioremap", "memremap"): MEMREMAP,
     ("facts", "main-*", "*", "*"): SESSION,
     # The same commands under other boot options: relative, as there is no dump to start from
     ("facts", "pti-*", "basic", "*"): CALLS,
@@ -71,7 +73,7 @@ COVERED: dict[tuple[str, str, str, str], str] = {
     ("facts", "faults-*", "errors", "err"): f"{ERRORS}::test_every_recorded_error_has_its_result",
     # Faults
     ("facts", "faults-*", "fault exec_ok", "fault"): HARMLESS,
-    ("facts", "faults-*", "fault memset_over", "fault"): "none: the recorder's fortified memset refused before any access",
+    ("facts", "faults-*", "fault memset_over", "fault"): FORTIFY,
     ("facts", "faults-*", "fault noncanon*", "fault"): EXCEPTION,
     ("facts", "faults-*", "fault stack*", "fault"): EXCEPTION,
     ("facts", "faults-*", "fault *", "fault"): FAULTS,

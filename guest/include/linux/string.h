@@ -19,4 +19,12 @@ char *strcat(char *to, const char *from);
 char *strchr(const char *s, int c);
 char *strrchr(const char *s, int c);
 
+/*
+ * What a fortified function ends in, a WARN and a BUG; 6.12. `reason` is twice its number, memset's being 7, and 1 for a write.
+ * 6.1 has fortify_panic() with its name.
+ */
+void __fortify_report(const u8 reason, const size_t avail, const size_t size);
+void __fortify_panic(const u8 reason, const size_t avail, const size_t size) __attribute__((noreturn));
+void fortify_panic(const char *name) __attribute__((noreturn));
+
 #endif
