@@ -13,6 +13,7 @@ LAYERS = [
     ["emu.report", "emu.progress"],
     ["emu.run"],
     ["emu.machine"],
+    ["emu.tlbsan"],
     ["emu.hub", "emu.turns"],
     [
         "emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions",

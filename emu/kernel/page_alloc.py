@@ -11,7 +11,6 @@ TiB has 262,144 such blocks, and building a list entry for each would take longe
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,9 +22,12 @@ import numpy.typing as npt
 
 from emu.kernel.gfp import Gfp
 from emu.kernel.memblock import Memblock
-from emu.memory import MAP_NORESERVE, PAGE_SHIFT, PAGE_SIZE, Memory
+from emu.kernel.page_blocks import MAX_PAGE_ORDER, Pfns, aligned_blocks, consecutive_runs, sparse_map
+from emu.kernel.pgtable_types import PageTableChanges
+from emu.memory import PAGE_SHIFT, PAGE_SIZE, Memory
 
-MAX_PAGE_ORDER = 10
+__all__ = ["MAX_PAGE_ORDER", "NR_PAGE_ORDERS", "NUMA_NO_NODE", "PageAllocator", "Pfns", "Zone", "ZoneType"]
+
 NR_PAGE_ORDERS = MAX_PAGE_ORDER + 1
 MAX_BLOCK = 1 << MAX_PAGE_ORDER
 NUMA_NO_NODE = -1
@@ -36,8 +38,6 @@ _DMA32 = int(Gfp.DMA32)
 _ZERO = int(Gfp.ZERO)
 _COMP = int(Gfp.COMP)
 _THISNODE = int(Gfp.THISNODE)
-
-Pfns = npt.NDArray[np.int64]
 
 
 class ZoneType(IntEnum):
@@ -126,14 +126,19 @@ class PageAllocator:
         # None: node 0 first, as on a machine with one node.
         self.policy: NodePolicy | None = None
         # Sparse host memory: 5 bytes a frame, of which only those of used frames become resident.
-        refs = _sparse_map(4 * self.max_pfn)
+        refs = sparse_map(4 * self.max_pfn)
         self._refcount: npt.NDArray[np.int32] = np.frombuffer(refs, dtype=np.int32)
         self._refs = memoryview(refs).cast("i")
         # 0: not the first frame of a listed free block; otherwise its order + 1.
-        orders = _sparse_map(self.max_pfn)
+        orders = sparse_map(self.max_pfn)
         self._free_order: npt.NDArray[np.uint8] = np.frombuffer(orders, dtype=np.uint8)
         self._orders = memoryview(orders)
         self._compound_order: dict[int, int] = {}
+        # Live changes to page tables made of these frames are told here.
+        self.table_changes = PageTableChanges()
+        # While not 0, each frame handed out is marked with it: who asks later knows whether that was after a given moment.
+        self.epoch = 0
+        self._handed_out: npt.NDArray[np.uint32] = np.frombuffer(sparse_map(4 * self.max_pfn), dtype=np.uint32)
         self.zones: list[list[Zone]] = [self._node_zones(node.id) for node in memory.nodes]
         self._zone_starts = [(zone.start_pfn, zone.end_pfn, zone) for zones in self.zones for zone in zones]
         for zones in self.zones:
@@ -162,9 +167,9 @@ class PageAllocator:
         if run_start < run_end:
             zone.runs.append((run_start, run_end))
         # Reversed, so that the lowest block of an order becomes the head of its list.
-        for pfn, order in reversed(_aligned_blocks(run_end, end) if run_start < run_end else []):
+        for pfn, order in reversed(aligned_blocks(run_end, end) if run_start < run_end else []):
             self._add_to_free_list(zone, pfn, order)
-        for pfn, order in reversed(_aligned_blocks(start, run_start if run_start < run_end else end)):
+        for pfn, order in reversed(aligned_blocks(start, run_start if run_start < run_end else end)):
             self._add_to_free_list(zone, pfn, order)
 
     def _zonelist(self, node: int, highest: ZoneType) -> tuple[Zone, ...]:
@@ -222,6 +227,8 @@ class PageAllocator:
             pfn = self._rmqueue(zone, order)
             if pfn is not None:
                 self._refs[pfn] = 1
+                if self.epoch:
+                    self._handed_out[pfn : pfn + (1 << order)] = self.epoch
                 if gfp & _COMP and order:
                     self._compound_order[pfn] = order
                 if gfp & _ZERO or self.init_on_alloc:
@@ -248,8 +255,10 @@ class PageAllocator:
             return np.empty(0, dtype=np.int64)
         pfns = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
         self._refcount[pfns] = 1
+        if self.epoch:
+            self._handed_out[pfns] = self.epoch
         if gfp & _ZERO or self.init_on_alloc:
-            for start, end in _runs(pfns):
+            for start, end in consecutive_runs(pfns):
                 self.memory.fill(start << PAGE_SHIFT, (end - start) << PAGE_SHIFT)
         return pfns
 
@@ -355,11 +364,11 @@ class PageAllocator:
                 for pfn in heads.tolist():
                     self.put_page(pfn)
         self._refcount[ordered] = references - 1
-        for start, end in _runs(ordered[references == 1]):
+        for start, end in consecutive_runs(ordered[references == 1]):
             while start < end:
                 zone = self._zone_of(start)
                 zone_end = min(end, zone.end_pfn)
-                for pfn, order in _aligned_blocks(start, zone_end):
+                for pfn, order in aligned_blocks(start, zone_end):
                     self._free_one_page(zone, pfn, order)
                 start = zone_end
 
@@ -421,6 +430,16 @@ class PageAllocator:
             raise ValueError(f"frame {pfn:#x} is not in RAM")
         return int(self._refs[pfn])
 
+    def handed_out(self, pfn: int) -> int:
+        """The epoch in which a frame was last handed out, 0 if `epoch` was 0 then."""
+        return int(self._handed_out[pfn]) if 0 <= pfn < self.max_pfn else 0
+
+    def is_free(self, pfn: int) -> bool:
+        """Whether a frame is in a free block."""
+        if any(self._orders[pfn & -(1 << order)] == order + 1 for order in range(NR_PAGE_ORDERS)):
+            return True
+        return any(start <= pfn < end for start, end in self._zone_of(pfn).runs)
+
     # Figures
 
     def totalram_pages(self) -> int:
@@ -466,30 +485,3 @@ class PageAllocator:
                 assert not self._refcount[start:end].any(), "a free frame has no references"
         assert seen == len(listed), "the frame table knows no other blocks"
         assert (self._refcount[listed] == 0).all()
-
-
-def _sparse_map(size: int) -> mmap.mmap:
-    """Zeroed host memory that costs nothing until touched."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-
-
-def _aligned_blocks(start: int, end: int) -> list[tuple[int, int]]:
-    """[start, end) as the fewest (pfn, order) blocks that are aligned to their size, ascending."""
-    blocks = []
-    while start < end:
-        order = min(MAX_PAGE_ORDER, (end - start).bit_length() - 1)
-        if start:
-            order = min(order, (start & -start).bit_length() - 1)
-        blocks.append((start, order))
-        start += 1 << order
-    return blocks
-
-
-def _runs(pfns: Pfns) -> list[tuple[int, int]]:
-    """Maximal stretches of consecutive frame numbers, in the array's order, as (first, last + 1)."""
-    if not len(pfns):
-        return []
-    breaks = np.flatnonzero(np.diff(pfns) != 1)
-    firsts = np.concatenate((pfns[:1], pfns[breaks + 1]))
-    lasts = np.concatenate((pfns[breaks], pfns[-1:]))
-    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))

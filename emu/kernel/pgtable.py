@@ -22,7 +22,7 @@ from emu.kernel.gfp import GFP_PGTABLE_KERNEL
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, PMD_SHIFT, PMD_SIZE, PUD_SHIFT, PUD_SIZE
 from emu.kernel.page_alloc import PageAllocator, Pfns
 from emu.kernel.pgprot import KERNPG_TABLE, PAGE_TABLE, PGPROT_MASK, PRESENT, PSE, TABLE_IGNORED, large_prot
-from emu.kernel.pgtable_types import NOTHING_TO_FLUSH, FlushRange, Lookup, PgLevel, PgtblMod
+from emu.kernel.pgtable_types import NOTHING_TO_FLUSH, FlushRange, Lookup, PageTableChanges, PgLevel, PgtblMod
 from emu.memory import BusError, Memory
 from emu.mmu.entry import PHYSICAL_MASK
 
@@ -38,6 +38,7 @@ _TABLE_ADDR = PHYSICAL_MASK
 _FEW = 16
 
 
+_FREE_TABLE = {2: "pmd_free_pte_page", 3: "pud_free_pmd_page"}
 _MODIFIED = {level: 1 << (5 - level) for level in range(1, 6)}
 
 
@@ -70,6 +71,7 @@ class PageTable:
         self.sync_pgds = True
         self.pgds: dict[int, None] = {}
         self.modified = PgtblMod(0)
+        self.changes: PageTableChanges = pages.table_changes
         # vm_unmap_aliases(), for whoever changes protections; the owner of the vmap blocks sets it.
         self.unmap_aliases: Callable[[], None] = lambda: None
         # What may differ in a good table entry: see validate.
@@ -180,7 +182,17 @@ class PageTable:
 
     def set_pgd(self, entry_pa: int, entry: int) -> None:
         """Store a top-level entry that was not present, into this PGD or another mm's: no flush is owed."""
+        old = self._u64[entry_pa >> 3]
         self._u64[entry_pa >> 3] = entry
+        if old & PRESENT and old != entry:
+            shift = 9 * self.levels + 3
+            la = (entry_pa >> 3 & 511) << shift
+            la |= -(la >> shift + 8) << shift + 8 & (1 << 64) - 1
+            self._changed(la, la + (1 << shift), "set_pgd")
+
+    def _changed(self, start: int, end: int, function: str, gone: bool = False) -> None:
+        if self.changes.tell is not None:
+            self.changes.tell(start, end, function, gone)
 
     # Mapping
 
@@ -347,6 +359,7 @@ class PageTable:
             # v6.12 arch/x86/mm/pgtable.c pmd_free_pte_page: CPUs may hold the table's address in their paging-structure
             # caches, which an invalidation of any one page of the range removes.
             self._u64[i] = 0
+            self._changed(addr, addr + (1 << 9 * level + 3), _FREE_TABLE[level])
             if self.tlb is not None:
                 self.tlb.flush_tlb_kernel_range(addr, addr + PAGE_SIZE)
             self._free_tables(entry & _TABLE_ADDR, level - 1)
@@ -411,6 +424,7 @@ class PageTable:
                 self._mask |= _MODIFIED[level]
             addr = next_addr
         self._finish(start, end)
+        self._changed(start, end, "vunmap_range_noflush" if start >> 63 else "zap_pte_range", True)
         return FlushRange(start, end)
 
     def set_pte(self, la: int, entry: int) -> FlushRange | int:
@@ -429,12 +443,17 @@ class PageTable:
         self._mask |= _MODIFIED[1]
         self._finish(la, la + 1)
         page = la & -PAGE_SIZE
-        return FlushRange(page, page + PAGE_SIZE) if old & PRESENT else NOTHING_TO_FLUSH
+        if not old & PRESENT:
+            return NOTHING_TO_FLUSH
+        self._changed(page, page + PAGE_SIZE, "set_pte_vaddr")
+        return FlushRange(page, page + PAGE_SIZE)
 
     def write_entry(self, entry_pa: int, entry: int, la: int, size: int) -> FlushRange:
         """Replace a live entry of any level that translates the `size` bytes at `la`; the flush is owed."""
         self._u64[entry_pa >> 3] = entry
         la &= -size
+        splits = size > PAGE_SIZE and entry & PRESENT and not entry & PSE
+        self._changed(la, la + size, "__split_large_page" if splits else "__change_page_attr")
         return FlushRange(la, la + size)
 
     def free_pgtables(self, start: int, end: int) -> FlushRange:
@@ -451,6 +470,7 @@ class PageTable:
             if entry & PRESENT:
                 self._u64[(self.pgd >> 3) + i] = 0
                 self._free_tables(entry & _TABLE_ADDR, self.levels - 1)
+        self._changed(start, end, "free_pgtables")
         return FlushRange(start, end)
 
     def validate(self) -> None:

@@ -10,6 +10,8 @@ from emu.kernel.layout import PAGE_SHIFT
 from emu.kernel.pgprot import PRESENT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from emu.kernel.kernel_cpu import TlbFlush
 
 
@@ -58,6 +60,17 @@ class FlushRange:
 
 NOTHING_TO_FLUSH = FlushRange(0, 0)
 FLUSH_EVERYTHING = FlushRange(0, 1 << 64)
+
+
+@dataclass(slots=True)
+class PageTableChanges:
+    """Who wants to know when live entries change; all trees of a kernel share one.
+
+    `tell(start, end, function, gone)`: kernel function `function` has changed or cleared entries that translate [start, end),
+    in memory only; `gone`: none is left there. Making an entry present that was not is no change: none is ever cached.
+    """
+
+    tell: Callable[[int, int, str, bool], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from enum import IntFlag
 
 from emu.memory import BusError, Memory
 from emu.mmu.entry import (
-    ABOVE_MAXPHYADDR,
     ENTRY_BITS,
     PAGE_MASK,
     PAGE_SHIFT,
     PHYSICAL_MASK,
     PS,
-    RW,
-    US,
     XD,
-    A,
     D,
     G,
     Level,
@@ -30,6 +25,7 @@ from emu.mmu.entry import (
     is_canonical,
 )
 from emu.mmu.fault import Access, GeneralProtection, NonCanonical, PageFault
+from emu.mmu.grants import Grant, fill_tests
 from emu.mmu.registers import (
     CR3_NO_INVALIDATE,
     CR3_PCID,
@@ -48,27 +44,16 @@ from emu.mmu.registers import (
 from emu.mmu.staleness import Cached, Stale, listing, lookup, stale
 from emu.mmu.tlb import Context, Tlb, TlbMode
 from emu.mmu.walk import PagingRegisters, Step, ac_reader, descend, root, violation
+from emu.mmu.watch import Watch
+
+__all__ = ["Grant", "Mmu"]
 
 
-class Grant(IntFlag):
-    """Rights that `Mmu.fill` adds to the pa of a page, in its low bits."""
-
-    R = 1
-    W = 2
-    X = 4
-
-
-_R, _W, _X = int(Grant.R), int(Grant.W), int(Grant.X)
-_READ, _WRITE, _FETCH = int(Access.READ), int(Access.WRITE), int(Access.FETCH)
+_READ, _WRITE = int(Access.READ), int(Access.WRITE)
 _PAGE_BASE = ENTRY_BITS & ~PAGE_MASK
 # The 4K slice of a large leaf keeps its flags, loses PS (and PAT_LARGE with the frame bits below the leaf's size).
 _SLICE_FLAGS = {level: ENTRY_BITS & ~PS & ~((1 << 9 * level + 3) - (1 << PAGE_SHIFT)) for level in (2, 3)}
 _SLICE_OFFSET = {level: (1 << 9 * level + 3) - (1 << PAGE_SHIFT) for level in (2, 3)}
-
-# What the hot path needs for one access kind at one privilege: a packed leaf passes if leaf & mask == want and then
-# grants `grant`, and `more` besides if leaf & more_mask == more_want. The access sets `flags` (A, or A and D).
-Test = tuple[int, int, int, int, int, int, int]
-_NEVER = (0, 1)
 
 
 def _nothing() -> None:
@@ -89,8 +74,7 @@ class Mmu:
     """
 
     def __init__(
-        self, memory: Memory, tlb: Tlb | TlbMode | str = TlbMode.INFINITE, features: Features | None = None, levels:
-        int = 4
+        self, memory: Memory, tlb: Tlb | TlbMode | str = TlbMode.INFINITE, features: Features | None = None, levels: int = 4
     ) -> None:
         if levels not in (4, 5):
             raise ValueError(f"paging levels is {levels}; it must be 4 or 5")
@@ -102,6 +86,8 @@ class Mmu:
         self.cpl = 0
         self.read_ac: Callable[[], bool] = _no_ac
         self.on_drop: Callable[[], None] = _nothing
+        # Set by whoever wants to see uses of stale translations; None costs nothing.
+        self.watch: Watch | None = None
         self.hits = 0
         self.misses = 0
         # CR3 as last loaded for each PCID: what a stale entry of another address space is compared with.
@@ -143,37 +129,9 @@ class Mmu:
             pkru=self.pkru,
         )
         self._global_bit = G if self.cr4 & Cr4.PGE else 0
-        self._kernel_tests = self._tests(user=False)
-        self._user_tests = self._tests(user=True)
+        self._kernel_tests = fill_tests(self.regs, user=False)
+        self._user_tests = fill_tests(self.regs, user=True)
         self.on_drop()
-
-    def _tests(self, user: bool) -> tuple[Test, ...]:
-        """The hot path's tests, indexed by Access.
-
-        They may refuse what the walker permits (a cached page with D clear, a user page under SMAP or PKU), never the
-        reverse.
-        """
-        regs = self.regs
-        keyed = regs.pke and regs.pkru != 0
-        mask, want = P | A | ABOVE_MAXPHYADDR, P | A
-        if not regs.nxe:
-            mask, want = mask | XD, want | XD
-        if user:
-            mask, want = mask | US, want | US
-        read, write, fetch = (mask, want), (mask | D, want | D), (mask | XD, want | XD)
-        if user or regs.wp:
-            write = (write[0] | RW, write[1] | RW)
-        if user and keyed:
-            read = write = _NEVER
-        elif not user and (keyed or regs.smap):
-            read, write = (read[0] | US, read[1]), (write[0] | US, write[1])
-        if not user and regs.smep:
-            fetch = (fetch[0] | US, fetch[1])
-        table: list[Test] = [(*_NEVER, 0, *_NEVER, 0, 0)] * (_FETCH + 1)
-        table[_READ] = (*read, _R, *write, _R | _W, A)
-        table[_WRITE] = (*write, _R | _W, *_NEVER, 0, A | D)
-        table[_FETCH] = (*fetch, _X, *read, _X | _R, A)
-        return tuple(table)
 
     def _enter_address_space(self) -> None:
         pcid = self.pcid
@@ -210,10 +168,14 @@ class Mmu:
         """
         check_cr3(value, self.cr4)
         self.cr3 = value & ~CR3_NO_INVALIDATE
+        before = self.roots.get(self.pcid, self.cr3)
         self._enter_address_space()
+        self.regs = replace(self.regs, cr3=self.cr3)
         if not value & CR3_NO_INVALIDATE:
             self._context.clear()
-        self.regs = replace(self.regs, cr3=self.cr3)
+            self._invalidated(self.pcid)
+        elif before != self.cr3 and self.watch is not None:
+            self.watch.root_changed(self.pcid, before)
         self.on_drop()
 
     def load_cr4(self, value: int) -> None:
@@ -229,9 +191,11 @@ class Mmu:
         self.cr4 = value
         if everything:
             self.tlb.flush_all()
+            self._invalidated()
         elif current:
             self.tlb.shared.clear()
             self._context.clear()
+            self._invalidated(self.pcid, shared=True)
         self._enter_address_space()
         self._registers_changed()
 
@@ -258,6 +222,7 @@ class Mmu:
         self._context.drop_page(la)
         self.tlb.shared.drop_page(la)
         self._context.clear_tables()
+        self._invalidated(self.pcid, la, shared=True)
         self.on_drop()
 
     def invpcid(self, kind: int, pcid: int, la: int) -> None:
@@ -277,13 +242,22 @@ class Mmu:
                 raise GeneralProtection(f"INVPCID of the non-canonical address {la:#x}")
             self.tlb.context(pcid).drop_page(la)
             self.tlb.context(pcid).drop_path(la)
+            self._invalidated(pcid, la)
         elif kind == 1:
             self.tlb.context(pcid).clear()
+            self._invalidated(pcid)
         elif kind == 2:
             self.tlb.flush_all()
+            self._invalidated()
         else:
             self.tlb.flush_all_but_global()
+            self._invalidated(shared=False)
         self.on_drop()
+
+    def _invalidated(self, pcid: int | None = None, la: int | None = None, *, shared: bool | None = None) -> None:
+        """Tell whoever watches what has just been removed: a PCID's entries or all, of one page or all; `shared`: globals too."""
+        if self.watch is not None:
+            self.watch.on_invalidate(pcid, la, pcid is None if shared is None else shared)
 
     # ---------------------------------------------------------------- translation
 
@@ -343,10 +317,11 @@ class Mmu:
     ) -> int:
         """Settle a hit that the hot path refuses (`packed`) or a miss (0); return the packed 4K slice."""
         if packed:
+            watched = not packed & P
+            packed |= P
             error = violation(self.regs, packed ^ XD, access, user, read_ac, implicit)
             if error is not None:
-                # A cached right may refuse what memory now permits; the fault drops the entry, a retry walks (SDM
-                # 4.10.4.3).
+                # A cached right may refuse what memory now permits; the fault drops the entry, a retry walks (SDM 4.10.4.3).
                 self.hits += 1
                 cached = self.query(la)
                 level = cached.level if cached else Level.PTE
@@ -354,21 +329,34 @@ class Mmu:
                 raise PageFault(la, error, level, packed ^ XD)
             if access != _WRITE or packed & D:
                 self.hits += 1
+                if watched and self.watch is not None:
+                    self.watch.entry_used(la, access, user, read_ac, implicit, packed & PHYSICAL_MASK)
+                    # Without P it grants this access alone: the next kind of access is judged by itself.
+                    return packed & ~P
                 return packed
         elif not is_canonical(la, self.regs.levels):
             raise NonCanonical(la)
         self.misses += 1
         steps: list[Step] = []
-        start = self._deepest_table(la)
+        at, table, rights = self._deepest_table(la)
+        watch = self.watch
+        used = None if rights & P or watch is None else watch.table_used(la, at + 1)
+        start = at, table, rights | P
         try:
             leaf = descend(self.memory, self.regs, la, access, user, read_ac, implicit, True, start, steps)
-        except PageFault:
+        except PageFault as fault:
+            if used is not None and watch is not None:
+                watch.walk_faulted(used, la, access, user, read_ac, implicit, fault)
             self._drop_faulting(la)
             raise
-        return self._insert(la, leaf, steps, packed)
+        packed = self._insert(la, leaf, steps, packed)
+        if used is None or watch is None:
+            return packed
+        stale = watch.walked(used, la, access, user, read_ac, implicit, packed & PHYSICAL_MASK)
+        return packed & ~P if stale else packed
 
     def _deepest_table(self, la: int) -> tuple[int, int, int]:
-        """Where the walk of `la` begins: below the deepest cached table, else at CR3 (SDM 4.10.3.2)."""
+        """Where the walk of `la` begins: below the deepest cached table, else at CR3 (SDM 4.10.3.2). Rights without P: watched."""
         tables = self._context.tables
         for level in range(2, self.regs.levels + 1):
             cached = tables[level].get(la >> (9 * level + 3))
@@ -377,9 +365,7 @@ class Mmu:
         return root(self.regs)
 
     def _insert(self, la: int, leaf: int, steps: list[Step], replaced: int) -> int:
-        """Cache a completed walk and return the packed 4K slice of `la`. `replaced` is the slice that a rewalk makes
-        old.
-        """
+        """Cache a completed walk and return the packed 4K slice of `la`. `replaced` is the slice that a rewalk makes old."""
         level = steps[-1][0]
         packed = leaf
         if level > 1:
@@ -400,6 +386,8 @@ class Mmu:
         evicted = tlb.insert(tlb.shared if leaf & self._global_bit else self._context, level, la, leaf)
         if evicted or (replaced and replaced | D != packed):
             self.on_drop()
+        if self.watch is not None:
+            self.watch.filled(la, level, steps)
         return packed
 
     def _check_frame(self, frame: int) -> None:
@@ -419,9 +407,7 @@ class Mmu:
         if dropped:
             self.on_drop()
 
-    def translate(
-        self, la: int, access: int, *, user: bool = False, ac: bool = False, implicit: bool = False
-    ) -> int:
+    def translate(self, la: int, access: int, *, user: bool = False, ac: bool = False, implicit: bool = False) -> int:
         """The pa of the byte at `la`, through the TLB, with A and D set as the CPU's own access would.
 
         Raises PageFault with the exact `la`, NonCanonical, BusError.
@@ -465,12 +451,22 @@ class Mmu:
     def write(self, la: int, data: bytes, *, user: bool = False, ac: bool = False, implicit: bool = False) -> None:
         """Store `data` at linear address `la`; a fault leaves all of memory as it was. Raises as pieces."""
         if 0 < len(data) <= PAGE_MASK + 1 - (la & PAGE_MASK) and la <= ENTRY_BITS:
-            self.memory.write(self.translate(la, _WRITE, user=user, ac=ac, implicit=implicit), data)
+            self._store(self.translate(la, _WRITE, user=user, ac=ac, implicit=implicit), data)
             return
         offset = 0
         for pa, step in self.pieces(la, len(data), _WRITE, user=user, ac=ac, implicit=implicit):
-            self.memory.write(pa, data[offset : offset + step])
+            self._store(pa, data[offset : offset + step])
             offset += step
+
+    def _store(self, pa: int, data: bytes) -> None:
+        if self.watch is not None and self.watch.tables.is_table_frame(pa >> PAGE_SHIFT):
+            self.watch.store_to_table(pa, data)
+        else:
+            self.memory.write(pa, data)
+
+    def is_table_frame(self, frame: int) -> bool:
+        """Whether a store to `frame` may change what a CPU has cached: then it must be told to `watch`. False when none watches."""
+        return self.watch is not None and self.watch.tables.is_table_frame(frame)
 
     # ---------------------------------------------------------------- inspection
 

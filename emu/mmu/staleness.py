@@ -97,7 +97,7 @@ def lookup(tlb: Tlb, context: Context, la: int) -> Cached | None:
             number = la >> (9 * level + 3)
             packed = where.pages[level].get(number)
             if packed:
-                return Cached(number << (9 * level + 3), Level(level), where.pcid, packed ^ XD)
+                return Cached(number << (9 * level + 3), Level(level), where.pcid, (packed | P) ^ XD)
     return None
 
 

@@ -5,6 +5,7 @@ What is kept for how long is the caller's business (emu/mmu/mmu.py follows SDM 4
 - a TLB entry is the packed leaf of a completed walk, `(entry ^ XD) & rights`: the leaf with the rights of the whole
   walk, bit 63 inverted so that every right is a bit that must be set. It always has P and A set;
 - a paging-structure cache entry is (table pa >> 3, rights mask) of the table below an entry of that level;
+- P clear in either (and only there) marks what memory no longer says, so that the hot path refuses it: see watch.py;
 - both are tagged with a PCID; global TLB entries stand apart and belong to all. Nothing not present is ever cached.
 
 Modes: `infinite` keeps an entry until something must remove it, the adversary that finds missing flushes; `finite`
@@ -185,7 +186,7 @@ class Tlb:
         for context in (self.shared, *(self.contexts[pcid] for pcid in sorted(self.contexts))):
             for level, pages in context.pages.items():
                 for number in sorted(pages):
-                    yield context, level, number << (9 * level + 3), pages[number]
+                    yield context, level, number << (9 * level + 3), pages[number] | P
 
     def tables(self) -> Iterator[tuple[Context, int, int, int, int]]:
         """Every paging-structure cache entry as (context, level, la, table pa, rights mask), in the same order."""
@@ -194,12 +195,12 @@ class Tlb:
             for level, tables in context.tables.items():
                 for number in sorted(tables):
                     slot, rights = tables[number]
-                    yield context, level, number << (9 * level + 3), slot << 3, rights
+                    yield context, level, number << (9 * level + 3), slot << 3, rights | P
 
     def validate(self) -> None:
         """Assert the invariants.
 
-        Every cached leaf is present and accessed, has no reserved bit, and is keyed by a canonical address; a large
+        Every cached leaf is accessed, has no reserved bit, and is keyed by a canonical address; a large
         leaf has PS; a global leaf, and only a global leaf, is in the shared context; a table is page aligned and its
         rights mask takes away nothing but rights; the shared context caches no table; no set holds more than its
         ways; mode `none` holds nothing.
@@ -208,7 +209,7 @@ class Tlb:
         held = 0
         for context, level, la, packed in self.entries():
             held += 1
-            assert packed & P and packed & A, f"cached leaf {packed:#x} of {la:#x} is not present and accessed"
+            assert packed & A, f"cached leaf {packed:#x} of {la:#x} is not accessed"
             assert not packed & ABOVE_MAXPHYADDR, f"cached leaf {packed:#x} of {la:#x} has reserved bits"
             assert is_canonical(la, 5), f"cached page {la:#x} is not canonical"
             assert level == 1 or packed & PS, f"cached large leaf {packed:#x} of {la:#x} has no PS"

@@ -1,0 +1,8 @@
+"""TLBSan: every use of a translation that memory no longer gives, found, classified and reported."""
+
+from emu.tlbsan.finding import Counters, Fill, Finding, Flush, Kind, Store, Tracking
+from emu.tlbsan.report import lines
+from emu.tlbsan.sanitizer import TlbSan
+from emu.tlbsan.scene import Scene, kernel_scene
+
+__all__ = ["Counters", "Fill", "Finding", "Flush", "Kind", "Scene", "Store", "TlbSan", "Tracking", "kernel_scene", "lines"]
