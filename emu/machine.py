@@ -36,6 +36,7 @@ from emu.kernel.profile import find_profile
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.sched import NeedsClock
 from emu.kernel.task import KernelThread, ThreadState, comm_of
+from emu.kernel.tlbflush import TlbFlushes
 from emu.kernel.traps import BugEntry
 from emu.memory import PAGE_SIZE, BusError, Memory
 from emu.mmu.entry import PHYSICAL_MASK
@@ -45,7 +46,7 @@ from emu.mmu.tlb import Tlb, TlbMode
 from emu.mmu.walk import walk
 from emu.msr import IA32_FMASK, IA32_LSTAR, IA32_PAT, IA32_STAR
 from emu.native import NativeEngine
-from emu.trace import Delivery, FunctionCall, Sink, TlbFlushed, discard
+from emu.trace import Delivery, Event, FlushIssued, FunctionCall, Sink, discard
 from emu.turns import Alone, RoundRobin
 
 DEFAULT_MEMORY = 1 << 30
@@ -53,8 +54,6 @@ MAX_CPUS = 64
 DEFAULT_MAX_INSTRUCTIONS = 1_000_000_000
 # No engine runs faster than this on any host, so a run that ends within limit / PEAK seconds cannot have passed the limit.
 PEAK_INSTRUCTIONS_PER_SECOND = 10_000_000_000
-# v6.12 arch/x86/mm/tlb.c: tlb_single_page_flush_ceiling.
-FLUSH_CEILING = 33
 KEPT_FAULTS = 1024
 _NMI = int(Vector.NMI)
 LINUX_CR0 = int(Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.AM | Cr0.PG)
@@ -82,6 +81,7 @@ _PART_OF = {
 class MachineConfig:
     """What machine to build. `memory` in bytes; `kernel` a profile's name; `tlb` a TlbMode's value.
 
+    `pcid`: the kernel turns PCIDs on; `invlpgb`: the CPUs have INVLPGB and the kernel uses it in place of IPIs.
     `gbpages` false: a CPU without 1 GiB pages. `nogbpages`, `nohugevmalloc`, `nohugeiomap`: the kernel parameters of these names.
     """
 
@@ -94,6 +94,8 @@ class MachineConfig:
     native: bool = False
     kaslr: bool = False
     pti: bool = False
+    pcid: bool = False
+    invlpgb: bool = False
     gbpages: bool = True
     nogbpages: bool = False
     nohugevmalloc: bool = False
@@ -111,6 +113,8 @@ class MachineConfig:
             raise ValueError(f"TLB mode is {self.tlb!r}; it must be one of {', '.join(mode.value for mode in TlbMode)}")
         if self.native and self.tlb != TlbMode.INFINITE:
             raise ValueError(f"TLB mode is {self.tlb!r}; a native machine has Unicorn's own TLB, whose mode cannot be chosen")
+        if self.invlpgb and self.pti:
+            raise ValueError("invlpgb and pti are both set; no processor with INVLPGB needs page-table isolation")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}; it must be 0 to 2^64-1")
 
@@ -169,6 +173,7 @@ class Machine:
         self.config = config
         self.sink = sink
         self.statistics = Statistics()
+        self._flushes: TlbFlushes | None = None
         profile = find_profile(config.kernel)
         self.memory = Memory(config.memory, config.nodes)
         features = Features(la57=config.levels == 5, gbpages=config.gbpages)
@@ -176,7 +181,7 @@ class Machine:
             self.memory, profile, self, levels=config.levels, nr_cpus=config.cpus,
             random=Random(config.seed) if config.kaslr else None, seed=config.seed, gbpages=features.gbpages,
             direct_gbpages=not config.nogbpages, hugevmalloc=not config.nohugevmalloc, hugeiomap=not config.nohugeiomap,
-            pti=config.pti, gp_access=self._gp_access,
+            pti=config.pti, pcid=config.pcid, gp_access=self._gp_access,
         )
         ModuleApi(self.kernel)
         register_percpu(self.kernel)
@@ -202,7 +207,11 @@ class Machine:
             self._start_cpu(cpu)
         self.kernel.send_ipi = self._send_ipi
         self.kernel.send_nmi = lambda number: self.cpus[number].raise_nmi()
-        self.kernel.attach_cpus(list(self.cpus))
+        kernel = self.kernel
+        kernel.attach_cpus(list(self.cpus))
+        self._flushes = TlbFlushes(
+            kernel.smp, kernel.contexts, self._on_flush, task_size_max=kernel.layout.task_size_max, invlpgb=config.invlpgb
+        )
         self.hub = Hub(self.cpus, self.kernel.sched, self.kernel.text, self, Alone() if config.cpus == 1 else RoundRobin())
         self._thread: KernelThread | None = None
         self._returned: int | None = None
@@ -211,8 +220,8 @@ class Machine:
     def _start_cpu(self, cpu: Cpu) -> None:
         """Bring a CPU to where Linux has brought it when it runs its first thread."""
         kernel = self.kernel
-        cr4 = LINUX_CR4 | (Cr4.LA57 if self.config.levels == 5 else 0)
-        cpu.mmu.reset(LINUX_CR0, kernel.init_mm.pgd, cr4, LINUX_EFER, LINUX_PKRU)
+        cr4 = LINUX_CR4 | (Cr4.LA57 if self.config.levels == 5 else 0) | (Cr4.PCIDE if self.config.pcid else 0)
+        cpu.mmu.reset(LINUX_CR0, kernel.contexts.build_cr3(kernel.contexts.init_mm, 0), cr4, LINUX_EFER, LINUX_PKRU)
         cpu.sync_engine_registers()
         tables = kernel.cpu_tables(cpu.id)
         cpu.gdtr = TableRegister(tables.gdt_direct, tables.gdt_limit)
@@ -236,25 +245,29 @@ class Machine:
 
     # ---- TlbFlush, as the kernel asks for it
 
-    def flush_tlb_kernel_range(self, start: int, end: int) -> None:
-        """v6.12 arch/x86/mm/tlb.c flush_tlb_kernel_range: page by page, or everything above the ceiling."""
-        if end - start > FLUSH_CEILING << 12:
-            self.flush_tlb_all()
-            return
-        self.statistics.flushes += 1
-        self.sink(TlbFlushed(0, start, end, 0))
-        for la in range(start, end, 4096):
-            for cpu in self.cpus:
-                cpu.mmu.invlpg(la)
+    def flush_tlb_kernel_range(self, start: int, end: int, *, cause: str = "flush_tlb_kernel_range") -> None:
+        """Remove the translations of kernel [start, end) from every CPU; nothing while boot has started none."""
+        if self._flushes is not None:
+            self._flushes.flush_tlb_kernel_range(start, end, cause=cause)
 
-    def flush_tlb_all(self) -> None:
-        """v6.12 __flush_tlb_global: a toggle of CR4.PGE."""
-        self.statistics.full_flushes += 1
-        self.sink(TlbFlushed(0, 0, 1 << 64, 0))
-        for cpu in self.cpus:
-            cr4 = cpu.mmu.cr4
-            cpu.mmu.load_cr4(cr4 ^ Cr4.PGE)
-            cpu.mmu.load_cr4(cr4)
+    def flush_tlb_all(self, *, cause: str = "flush_tlb_all") -> None:
+        """Remove every translation from every CPU; nothing while boot has started none."""
+        if self._flushes is not None:
+            self._flushes.flush_tlb_all(cause=cause)
+
+    @property
+    def flushes(self) -> TlbFlushes:
+        """TLB maintenance of the machine's kernel, and what it counted."""
+        assert self._flushes is not None, "the CPUs are started"
+        return self._flushes
+
+    def _on_flush(self, event: Event) -> None:
+        if isinstance(event, FlushIssued):
+            if event.end - event.start >> 64:
+                self.statistics.full_flushes += 1
+            else:
+                self.statistics.flushes += 1
+        self.sink(event)
 
     # ---- what the CPU tells
 

@@ -46,10 +46,10 @@ class Machine:
     def online(self) -> int:
         return self.possible
 
-    def flush_tlb_kernel_range(self, start: int, end: int) -> None:
+    def flush_tlb_kernel_range(self, start: int, end: int, *, cause: str = "") -> None:
         """Nothing is translated here."""
 
-    def flush_tlb_all(self) -> None:
+    def flush_tlb_all(self, *, cause: str = "") -> None:
         """As above."""
 
     def schedule_work(self, work: Callable[[], None]) -> None:

@@ -25,6 +25,7 @@ from emu.kernel.kernel_cpu import KernelCpu, TlbFlush
 from emu.kernel.kernel_text import KernelText
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, make_layout
 from emu.kernel.mempolicy import Mempolicy, TaskMempolicy
+from emu.kernel.mmu_context import MmuContexts
 from emu.kernel.module import Module, ModuleLoader
 from emu.kernel.oops import KERNEL_TEXT, KernelBuild, OopsState, Task
 from emu.kernel.page_alloc import NUMA_NO_NODE
@@ -37,6 +38,8 @@ from emu.kernel.purge import VmapSpace
 from emu.kernel.ratelimit import RatelimitState
 from emu.kernel.sched import Activation, Scheduler
 from emu.kernel.slab import Slab
+from emu.kernel.sleep_lock import SleepLock
+from emu.kernel.smp import SmpCalls
 from emu.kernel.taint import Taint
 from emu.kernel.task import KernelThread, ThreadState, initial_rsp
 from emu.kernel.thread_stack import THREAD_SIZE, ThreadStacks
@@ -76,7 +79,7 @@ class Kernel:
     def __init__(
         self, memory: Memory, profile: Profile, tlb: TlbFlush, *, levels: int, nr_cpus: int = 1, random: Random | None = None,
         seed: int = 0, gbpages: bool = True, direct_gbpages: bool = True, hugevmalloc: bool = True, hugeiomap: bool = True,
-        smep: bool = True, smap: bool = True, pti: bool = False,
+        smep: bool = True, smap: bool = True, pti: bool = False, pcid: bool = False,
         gp_access: Callable[[PtRegs], tuple[int, int] | None] = lambda regs: None,
     ) -> None:
         self.memory = memory
@@ -110,6 +113,7 @@ class Kernel:
         space = VmapSpace(design, (self.layout.vmalloc_start, self.layout.vmalloc_end), self.cpus, tlb, self, self)
         if not profile.preallocated_vmalloc:
             space.vmalloc_sync_unmappings = self.init_mm.vmalloc_sync_unmappings
+        space.purge_lock = SleepLock("vmap_purge_lock", self.sched)
         self.vmalloc = Vmalloc(space, self.init_mm, self.slab, self, self)
         self.vmalloc.vmap_allow_huge &= hugevmalloc
         self.vmap = Vmap(self.vmalloc)
@@ -120,6 +124,8 @@ class Kernel:
         self.vmalloc.vmalloc_init()
         self.module_loader = ModuleLoader(self.vmalloc, self.init_mm, tlb)
         self.modules: list[Module] = []
+        self.smp = SmpCalls(self, self.sched, profile.smp)
+        self.contexts = MmuContexts(self, self.init_mm.pgd, profile.tlb, pcid=pcid, pti=pti)
         self.symbols = KernelSymbols(self.layout, memory)
         self.oops_text = KERNEL_TEXT[profile.name]
         kaslr_offset = self.layout.kernel_text - 0xFFFF_FFFF_8100_0000 if random is not None else None
@@ -127,6 +133,7 @@ class Kernel:
         self.oops_state = OopsState(oops_id=Random(seed).getrandbits(64))
         self.exceptions = ExceptionEntry(self, gp_access)
         self.irqs = Irqs(self)
+        self.irqs.take_calls(lambda vector: self.smp.call_function_interrupt(self.cpus.current, vector))
         self._warned_once: set[int] = set()
         self._bugs: dict[int, BugEntry] = {}
         self._work: list[Callable[[], None]] = []

@@ -47,8 +47,8 @@ class KernelCpu(Protocol):
 class TlbFlush(Protocol):
     """The TLB maintenance the kernel asks of the machine (v6.12 arch/x86/mm/tlb.c)."""
 
-    def flush_tlb_kernel_range(self, start: int, end: int) -> None:
-        """Remove the translations of [start, end) from every CPU."""
+    def flush_tlb_kernel_range(self, start: int, end: int, *, cause: str = ...) -> None:
+        """Remove the translations of [start, end) from every CPU, because C function `cause` asks."""
 
-    def flush_tlb_all(self) -> None:
+    def flush_tlb_all(self, *, cause: str = ...) -> None:
         """Remove every translation, global ones included, from every CPU."""

@@ -141,7 +141,7 @@ class Mm(PageTable):
         """Clear user [la, la + size), flush it, and put the frames that the mm held there. ValueError as map_user."""
         self._check_user(la, size)
         pfns = [(entry & PHYSICAL_MASK) >> PAGE_SHIFT for _, entry, _ in self.leaves(la, la + size)]
-        self.vunmap_range_noflush(la, la + size).flush(tlb)
+        self.vunmap_range_noflush(la, la + size).flush(tlb, "zap_page_range")
         for pfn in pfns:
             if self._owned[pfn]:
                 self._owned[pfn] -= 1

@@ -103,7 +103,7 @@ class ModuleLoader:
                 continue
             for operation in operations:
                 err, flush = operation(self.init_mm, part.la, part.size >> PAGE_SHIFT)
-                flush.flush(self.tlb)
+                flush.flush(self.tlb, "cpa_flush")
                 if err:
                     return err
         return 0

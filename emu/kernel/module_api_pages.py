@@ -15,6 +15,7 @@ from emu.kernel.page_alloc import MAX_PAGE_ORDER, NUMA_NO_NODE
 from emu.kernel.pgprot import NX
 from emu.kernel.pgtable_types import FlushRange
 from emu.kernel.vmalloc import NODE_ZONELISTS
+from emu.mmu.entry import PHYSICAL_MASK
 
 Change = Callable[[InitMm, int, int], tuple[int, FlushRange]]
 
@@ -44,18 +45,21 @@ class PageExports:
         export("lookup_address", self._lookup_address, 2, gpl=True)
         for name, function, gpl in _CHANGES:
             export(name, lambda la, count, change=function: self._set_memory(change, la, c_int(count)), 2, gpl=gpl)
+        export("slow_virt_to_phys", self._slow_virt_to_phys, 1, gpl=True)
+        export("set_pages_uc", self._set_pages_uc, 2)
+        export("set_pages_wb", lambda page, count: self._set_memory_wb(self._address(page), c_int(count)), 2)
         export("set_memory_uc", lambda la, count: self._set_memory_type(PageCacheMode.UC_MINUS, la, c_int(count)), 2)
         export("set_memory_wc", lambda la, count: self._set_memory_type(PageCacheMode.WC, la, c_int(count)), 2)
         export("set_memory_wb", lambda la, count: self._set_memory_wb(la, c_int(count)), 2)
 
     def _register_pages(self) -> None:
-        exports, export, layout = self.exports, self.exports.export, self.kernel.layout
+        exports, export = self.exports, self.exports.export
         export("alloc_pages", lambda gfp, order: self._alloc_pages(c_unsigned(gfp), c_unsigned(order)), 2, noprof=True)
         export("alloc_pages_node", self._alloc_pages_node, 3)
         export("__free_pages", lambda page, order: self._free_pages(page, c_unsigned(order)), 2)
         export("__get_free_pages", self._get_free_pages, 2)
         export("free_pages", self._free_pages_at, 2)
-        export("page_address", lambda page: layout.va(exports.page_to_pfn(page) << PAGE_SHIFT), 1)
+        export("page_address", self._address, 1)
         export("page_to_pfn", exports.page_to_pfn, 1)
         export("pfn_to_page", exports.pfn_to_page, 1)
         export("virt_to_page", exports.virt_to_page, 1)
@@ -97,6 +101,9 @@ class PageExports:
         if la:
             self._free_pages(self.exports.virt_to_page(la), c_unsigned(order))
 
+    def _address(self, page: int) -> int:
+        return self.kernel.layout.va(self.exports.page_to_pfn(page) << PAGE_SHIFT)
+
     def _va(self, pfn: int) -> int:
         return self.kernel.layout.va(pfn << PAGE_SHIFT)
 
@@ -127,6 +134,13 @@ class PageExports:
         self.kernel.cpu.write(level_la, int(found.level).to_bytes(4, "little"))
         return self.kernel.layout.va(found.entry_pa)
 
+    def _slow_virt_to_phys(self, la: int) -> int:
+        """Physical address by a walk; BUG where a table is missing, nonsense where a leaf is (v6.12 mm/pat/set_memory.c)."""
+        found = self.kernel.init_mm.lookup(la)
+        if not found.entry and found.level > 1:
+            self.kernel.bug("slow_virt_to_phys")
+        return found.entry & PHYSICAL_MASK & -found.size | la & found.size - 1
+
     def _set_memory_type(self, mode: PageCacheMode, la: int, count: int) -> int:
         """set_memory_uc and set_memory_wc: as _set_memory, after a reservation of the memory type that may be refused."""
         memtypes = self.kernel.ioremap.memtypes
@@ -139,6 +153,9 @@ class PageExports:
         if err:
             memtypes.free(start, end)
         return err
+
+    def _set_pages_uc(self, page: int, count: int) -> int:
+        return self._set_memory_type(PageCacheMode.UC_MINUS, self._address(page), c_int(count))
 
     def _set_memory_wb(self, la: int, count: int) -> int:
         err = self._change_type(PageCacheMode.WB, la, count)

@@ -349,7 +349,8 @@ class PerCpu:
         low = min(self.unit_offsets.values())
         high = max(self.unit_offsets.values())
         start = chunk.base_addr + low + (first << PAGE_SHIFT)
-        self.vmalloc.space.tlb.flush_tlb_kernel_range(start, chunk.base_addr + high + (end << PAGE_SHIFT))
+        last = chunk.base_addr + high + (end << PAGE_SHIFT)
+        self.vmalloc.space.tlb.flush_tlb_kernel_range(start, last, cause="pcpu_post_unmap_tlb_flush")
 
     def _depopulate(self, chunk: PcpuChunk, first: int, end: int) -> None:
         """Unmap pages [first, end) of every unit and free the frames; the flush is the caller's (pcpu_depopulate_chunk)."""

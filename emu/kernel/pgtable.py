@@ -361,7 +361,9 @@ class PageTable:
             self._u64[i] = 0
             self._changed(addr, addr + (1 << 9 * level + 3), _FREE_TABLE[level])
             if self.tlb is not None:
-                self.tlb.flush_tlb_kernel_range(addr, addr + PAGE_SIZE)
+                self.tlb.flush_tlb_kernel_range(
+                    addr, addr + PAGE_SIZE, cause="pmd_free_pte_page" if level == 2 else "pud_free_pmd_page"
+                )
             self._free_tables(entry & _TABLE_ADDR, level - 1)
         self._u64[i] = phys | large_prot(prot)
         self._mask |= _MODIFIED[level]

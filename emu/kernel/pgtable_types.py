@@ -46,12 +46,12 @@ class FlushRange:
     start: int
     end: int
 
-    def flush(self, tlb: TlbFlush) -> None:
-        """Pay it at once."""
+    def flush(self, tlb: TlbFlush, cause: str) -> None:
+        """Pay it at once; `cause` is the C function that does."""
         if self.end - self.start >> 64:
-            tlb.flush_tlb_all()
+            tlb.flush_tlb_all(cause=cause)
         elif self.start < self.end:
-            tlb.flush_tlb_kernel_range(self.start, self.end)
+            tlb.flush_tlb_kernel_range(self.start, self.end, cause=cause)
 
     def defer(self) -> tuple[int, int]:
         """Hand the range to someone who will pay later, such as the purge of lazily freed areas."""

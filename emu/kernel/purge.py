@@ -7,6 +7,7 @@ no request can get it, until a purge flushes the TLBs once for all of them and m
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from emu.kernel.kernel_cpu import TlbFlush
@@ -22,6 +23,7 @@ from emu.kernel.vmap_area import (
 )
 from emu.kernel.vmap_node import Cpus, VmapDesign, VmapNode, VmapNodes
 
+_PURGE = "__purge_vmap_area_lazy"
 EINVAL = 22
 ENOMEM = 12
 EBUSY = 16
@@ -79,6 +81,8 @@ class VmapSpace:
         self.tracepoint: Tracepoint | None = None
         self.notifiers: list[PurgeNotifier] = []
         self.purge_fragmented_blocks: Callable[[], None] | None = None
+        # vmap_purge_lock: who flushes waits for other CPUs, and nobody else may purge meanwhile.
+        self.purge_lock: AbstractContextManager[None] = nullcontext()
         self._drain_pending = False
         self._ratelimit_left = PRINTK_RATELIMIT_BURST
 
@@ -213,20 +217,23 @@ class VmapSpace:
     def drain(self) -> None:
         """The work item queued above lazy_max_pages (Linux: drain_vmap_area_work)."""
         self._drain_pending = False
-        self.purge_vmap_area_lazy(ULONG_MAX, 0)
-        while self.design.drain_rechecks and self.vmap_lazy_nr > self.lazy_max_pages():
+        with self.purge_lock:
             self.purge_vmap_area_lazy(ULONG_MAX, 0)
+        while self.design.drain_rechecks and self.vmap_lazy_nr > self.lazy_max_pages():
+            with self.purge_lock:
+                self.purge_vmap_area_lazy(ULONG_MAX, 0)
 
     def reclaim_and_purge(self) -> None:
         """Get back all that can be had: fragmented blocks, lazy areas, pools (Linux: reclaim_and_purge_vmap_areas)."""
-        if self.purge_fragmented_blocks is not None:
-            self.purge_fragmented_blocks()
-        self.purge_vmap_area_lazy(ULONG_MAX, 0, full_pool_decay=True)
+        with self.purge_lock:
+            if self.purge_fragmented_blocks is not None:
+                self.purge_fragmented_blocks()
+            self.purge_vmap_area_lazy(ULONG_MAX, 0, full_pool_decay=True)
 
     def purge_vmap_area_lazy(self, start: int, end: int, full_pool_decay: bool = False) -> bool:
         """Flush the TLBs once for [start, end) and all lazy areas, and free these; false if there were none.
 
-        Then nothing was flushed either. Source: __purge_vmap_area_lazy of v6.1 and v6.12.
+        Then nothing was flushed either. The caller holds `purge_lock`. Source: __purge_vmap_area_lazy of v6.1 and v6.12.
         """
         if self.design.merges_lazy:
             return self._purge_merged(start, end)
@@ -243,7 +250,7 @@ class VmapSpace:
             purge_nodes.append(node)
         nr_purged_areas = 0
         if purge_nodes:
-            self.tlb.flush_tlb_kernel_range(start, end)
+            self.tlb.flush_tlb_kernel_range(start, end, cause=_PURGE)
             helpers = max(1, min(self.vmap_lazy_nr // self.lazy_max_pages(), len(purge_nodes))) - 1
             # The first `helpers` nodes go to workers, which begin when this CPU waits for them.
             for node in (*purge_nodes[helpers:], *purge_nodes[:helpers]):
@@ -259,7 +266,7 @@ class VmapSpace:
             return False
         areas = lazy.detach()
         self.vmalloc_sync_unmappings()
-        self.tlb.flush_tlb_kernel_range(min(start, areas[0].va_start), max(end, areas[-1].va_end))
+        self.tlb.flush_tlb_kernel_range(min(start, areas[0].va_start), max(end, areas[-1].va_end), cause=_PURGE)
         for va in areas:
             nr_pages = (va.va_end - va.va_start) >> PAGE_SHIFT
             if self.free.merge_or_add(va) is not None:

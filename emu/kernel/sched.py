@@ -124,6 +124,11 @@ class Scheduler:
 
     # ---- the threads
 
+    @property
+    def in_thread(self) -> bool:
+        """The model runs for a thread; false while it is called from outside, as boot and Python code do."""
+        return self.activation is not None
+
     def current(self) -> KernelThread:
         """The thread of the CPU that runs the model. Raises AssertionError before there is one."""
         thread = self.running[self.cpus.current]

@@ -303,7 +303,7 @@ class VmAreas:
         """Clear the area's page-table entries and make it lazy; the flush is owed until the purge."""
         debt = self.mm.vunmap_range_noflush(va.va_start, va.va_end)
         if self.debug_pagealloc:
-            debt.flush(self.space.tlb)
+            debt.flush(self.space.tlb, "free_unmap_vmap_area")
         self.space.free_vmap_area_noflush(va)
 
     def free_vm_area(self, area: VmStruct) -> None:
@@ -315,7 +315,7 @@ class VmAreas:
 
     def vunmap_range(self, start: int, end: int) -> None:
         """Clear [start, end) and flush it now; s >= e: BUG."""
-        self.mm.vunmap_range_noflush(start, end).flush(self.space.tlb)
+        self.mm.vunmap_range_noflush(start, end).flush(self.space.tlb, "vunmap_range")
 
     # Queries
 

@@ -449,8 +449,9 @@ class Vmalloc(VmAreas):
             set_direct_map_default(self.mm, pfn)
 
     def _purge_aliases(self, start: int, end: int, flush: bool) -> None:
-        if not self.space.purge_vmap_area_lazy(start, end) and flush:
-            self.space.tlb.flush_tlb_kernel_range(start, end)
+        with self.space.purge_lock:
+            if not self.space.purge_vmap_area_lazy(start, end) and flush:
+                self.space.tlb.flush_tlb_kernel_range(start, end, cause="_vm_unmap_aliases")
 
     def vfree_atomic(self, la: int) -> None:
         """Free vmalloc memory later, from a worker; allowed in any context but NMI (BUG).

@@ -178,7 +178,7 @@ class VmapBlocks:
         block.used_map &= ~((1 << (1 << order)) - 1 << offset)
         debt = vmalloc.mm.vunmap_range_noflush(la, la + size)
         if vmalloc.debug_pagealloc:
-            debt.flush(self.space.tlb)
+            debt.flush(self.space.tlb, "vb_free")
         block.dirty_min = min(block.dirty_min, offset)
         block.dirty_max = max(block.dirty_max, offset + (1 << order))
         block.dirty += 1 << order
@@ -225,23 +225,24 @@ class VmapBlocks:
         """Flush dirty pieces of blocks, [start, end) if `flush`, and the lazy areas, all at once (_vm_unmap_aliases)."""
         if not self.space.vmap_initialized:
             return
-        purge_list: list[VmapBlock] = []
-        for block in self._blocks_to_flush():
-            if self._sharded and self._purge_fragmented_block(block, purge_list, False):
-                continue
-            if not block.dirty_max or block.dirty == VMAP_BBMAP_BITS:
-                continue
-            start = min(start, block.va.va_start + (block.dirty_min << PAGE_SHIFT))
-            end = max(end, block.va.va_start + (block.dirty_max << PAGE_SHIFT))
-            flush = True
-            if self._sharded:
-                block.dirty_min, block.dirty_max = VMAP_BBMAP_BITS, 0
-        for block in purge_list:
-            self._free_vmap_block(block)
-        if not self._sharded:
-            self.purge_fragmented_blocks_allcpus()
-        if not self.space.purge_vmap_area_lazy(start, end) and flush:
-            self.space.tlb.flush_tlb_kernel_range(start, end)
+        with self.space.purge_lock:
+            purge_list: list[VmapBlock] = []
+            for block in self._blocks_to_flush():
+                if self._sharded and self._purge_fragmented_block(block, purge_list, False):
+                    continue
+                if not block.dirty_max or block.dirty == VMAP_BBMAP_BITS:
+                    continue
+                start = min(start, block.va.va_start + (block.dirty_min << PAGE_SHIFT))
+                end = max(end, block.va.va_start + (block.dirty_max << PAGE_SHIFT))
+                flush = True
+                if self._sharded:
+                    block.dirty_min, block.dirty_max = VMAP_BBMAP_BITS, 0
+            for block in purge_list:
+                self._free_vmap_block(block)
+            if not self._sharded:
+                self.purge_fragmented_blocks_allcpus()
+            if not self.space.purge_vmap_area_lazy(start, end) and flush:
+                self.space.tlb.flush_tlb_kernel_range(start, end, cause="_vm_unmap_aliases")
 
     def _blocks_to_flush(self) -> list[VmapBlock]:
         """All blocks by index; before v6.9 only those that still have room: full ones were forgotten."""

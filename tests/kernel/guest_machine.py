@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from emu.guest.asm import assemble
 from emu.guest.expect import Fault
 from emu.kernel.kernel import Kernel
-from emu.kernel.task import initial_rsp
 from emu.machine import Machine, MachineConfig
 
 PAGE = 4096

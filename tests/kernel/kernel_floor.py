@@ -47,10 +47,10 @@ class RecordedFlushes:
 
     ranges: list[tuple[int, int] | None] = field(default_factory=list)
 
-    def flush_tlb_kernel_range(self, start: int, end: int) -> None:
+    def flush_tlb_kernel_range(self, start: int, end: int, *, cause: str = "") -> None:
         self.ranges.append((start, end))
 
-    def flush_tlb_all(self) -> None:
+    def flush_tlb_all(self, *, cause: str = "") -> None:
         self.ranges.append(None)
 
 

@@ -281,9 +281,9 @@ def test_cpu_entry_area_pages_have_the_recorded_entries_global_even_with_isolati
 
 def test_a_flush_debt_is_paid_once_to_the_right_call():
     flushes = RecordedFlushes()
-    FlushRange(0x1000, 0x3000).flush(flushes)
-    NOTHING_TO_FLUSH.flush(flushes)
-    FLUSH_EVERYTHING.flush(flushes)
+    FlushRange(0x1000, 0x3000).flush(flushes, "test")
+    NOTHING_TO_FLUSH.flush(flushes, "test")
+    FLUSH_EVERYTHING.flush(flushes, "test")
     assert flushes.ranges == [(0x1000, 0x3000), None]
 
 

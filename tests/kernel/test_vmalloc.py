@@ -328,7 +328,7 @@ def test_freeing_memory_with_reset_permissions_flushes_once_before_the_frames_ar
     direct = []
     flush = k.task.flush_tlb_kernel_range
 
-    def record(start: int, end: int) -> None:
+    def record(start: int, end: int, *, cause: str) -> None:
         counts.append([k.pages.page_count(pfn) for pfn in frames])
         direct.append([k.mm.lookup(k.mm.layout.va(pfn * PAGE)).present for pfn in frames])
         flush(start, end)

@@ -413,7 +413,7 @@ class KernelMappings(RuleBasedStateMachine):
         count = min(1 + pick % 3, len(area.frames) - page)
         with self.failures.injected(plan):
             err, flush = getattr(set_memory, f"set_memory_{name}")(self.k.mm, area.start + page * PAGE, count)
-        flush.flush(self.k.task)
+        flush.flush(self.k.task, "test")
         assert err == 0 or (err == -12 and plan)
 
     @rule(pick=PICK, pages=PAGES, slack=st.integers(0, PAGE - 1), zero=st.booleans(), plan=PLANS)

@@ -35,10 +35,10 @@ class Machine:
     warnings: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
-    def flush_tlb_kernel_range(self, start: int, end: int) -> None:
+    def flush_tlb_kernel_range(self, start: int, end: int, *, cause: str = "") -> None:
         self.flushed.append((start, end))
 
-    def flush_tlb_all(self) -> None:
+    def flush_tlb_all(self, *, cause: str = "") -> None:
         self.flushed.append((0, (1 << 64) - 1))
 
     def schedule_work(self, work: Callable[[], None]) -> None:

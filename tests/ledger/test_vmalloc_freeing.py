@@ -217,7 +217,7 @@ def test_O07_memory_that_resets_permissions_is_flushed_once_before_its_frames_ar
     frames = vm.pages.tolist()
     held = []
     flush = k.task.flush_tlb_kernel_range
-    k.task.flush_tlb_kernel_range = lambda s, e: (held.append([k.pages.page_count(f) for f in frames]), flush(s, e))
+    k.task.flush_tlb_kernel_range = lambda s, e, cause: (held.append([k.pages.page_count(f) for f in frames]), flush(s, e))
     k.vmalloc.vfree(la)
     assert held == [[1, 1]]
     assert k.space.vmap_lazy_nr == 0

@@ -258,7 +258,7 @@ class Session:
 
     def _protect(self, la: int, change: str) -> int:
         err, flush = getattr(set_memory, f"set_memory_{change}")(self.k.mm, la, 1)
-        flush.flush(self.k.task)
+        flush.flush(self.k.task, "test")
         return err
 
     def _entries(self, record: Record, la: int) -> None:

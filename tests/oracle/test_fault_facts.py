@@ -49,7 +49,7 @@ def guard(g: GuestMachine, offset: int, act: Callable[[int], Ran]) -> tuple[int,
 def read_only(g: GuestMachine) -> tuple[int, Ran]:
     la = g.kernel.vmalloc.vmalloc(PAGE)
     _, flush = set_memory.set_memory_ro(g.kernel.init_mm, la, 1)
-    flush.flush(g.kernel.tlb)
+    flush.flush(g.kernel.tlb, "test")
     return la, g.write(la, 1)
 
 
