@@ -65,6 +65,8 @@ class SlabExports:
         export("kvzalloc_node", lambda size, gfp, node: self.kvmalloc_node(size, c_unsigned(gfp) | _ZERO, c_int(node)), 3)
         export("kvmalloc_array", lambda n, size, gfp: self._kvmalloc_array(n, size, c_unsigned(gfp)), 3)
         export("kvcalloc", lambda n, size, gfp: self._kvmalloc_array(n, size, c_unsigned(gfp) | _ZERO), 3)
+        export("kvmalloc_array_node", self._kvmalloc_array_node, 4)
+        export("kvcalloc_node", lambda n, size, gfp, node: self._kvmalloc_array_node(n, size, gfp | _ZERO, node), 4)
         if self._sized_kvrealloc:
             export("kvrealloc", self._kvrealloc_6_1, 4)
         else:
@@ -119,6 +121,9 @@ class SlabExports:
 
     def _kvmalloc_array(self, n: int, size: int, gfp: int) -> int:
         return 0 if n * size > MASK64 else self.kvmalloc_node(n * size, gfp)
+
+    def _kvmalloc_array_node(self, n: int, size: int, gfp: int, node: int) -> int:
+        return 0 if n * size > MASK64 else self.kvmalloc_node(n * size, c_unsigned(gfp), c_int(node))
 
     def _kvrealloc(self, la: int, size: int, gfp: int) -> int:
         """v6.12: vrealloc for vmalloc memory, else krealloc, and kvmalloc with a copy where that fails."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from emu.kernel.guest_exports import GuestExports, c_int, c_unsigned
-from emu.kernel.vm_struct import VmStruct
+from emu.kernel.vm_struct import Vm, VmStruct
 
 # next, addr, size, flags, pages, page_order, nr_pages, phys_addr, caller, requested_size.
 _VM_STRUCT = struct.Struct("<QQQQQIIQQQ")
@@ -70,9 +70,16 @@ class VmallocExports:
         export("is_vmalloc_addr", lambda la: int(vmalloc.is_vmalloc_addr(la)), 1)
         export("is_vmalloc_or_module_addr", lambda la: int(layout.is_vmalloc_or_module_addr(la)), 1, gpl=True)
         export("vmalloc_nr_pages", lambda: vmalloc.nr_vmalloc_pages, 0)
+        export("is_vm_area_hugepages", lambda la: int((area := vmalloc.find_vm_area(la)) is not None and area.page_order > 0), 1)
+        export("set_vm_flush_reset_perms", self._set_vm_flush_reset_perms, 1)
         export("get_vm_area", self._get_vm_area, 2)
         export("find_vm_area", lambda la: self._store(vmalloc.find_vm_area(la)), 1)
         export("remove_vm_area", lambda la: self._store(vmalloc.remove_vm_area(la)), 1)
+
+    def _set_vm_flush_reset_perms(self, la: int) -> None:
+        area = self.vmalloc.find_vm_area(la)
+        if area is not None:
+            area.flags |= Vm.FLUSH_RESET_PERMS
 
     def _vmalloc_to_page(self, la: int) -> int:
         pfn = self.vmalloc.vmalloc_to_pfn(la)

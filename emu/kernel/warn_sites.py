@@ -122,6 +122,7 @@ _BUGS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "vmap_pte_range": _both("vmap_range_noflush", 113, 114),
     },
     _IOREMAP: {"iounmap": _both("iounmap", 501, 495)},
+    _SET_MEMORY: {"slow_virt_to_phys": _both("slow_virt_to_phys", 825, 775)},
     _MEMORY: {
         "vm_insert_page:mmap_read_trylock": _both("vm_insert_page", 2224, 2054),
         "vm_insert_page:VM_PFNMAP": _both("vm_insert_page", 2225, 2055),

@@ -60,6 +60,8 @@ void *kvmalloc_node(size_t size, gfp_t gfp, int node);
 void *kvzalloc_node(size_t size, gfp_t gfp, int node);
 void *kvmalloc_array(size_t n, size_t size, gfp_t gfp);
 void *kvcalloc(size_t n, size_t size, gfp_t gfp);
+void *kvmalloc_array_node(size_t n, size_t size, gfp_t gfp, int node);
+void *kvcalloc_node(size_t n, size_t size, gfp_t gfp, int node);
 /* As in 6.12; in 6.1 it takes the old size before the new one. */
 void *kvrealloc(const void *p, size_t size, gfp_t gfp);
 void kvfree(const void *addr);

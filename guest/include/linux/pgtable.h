@@ -33,5 +33,7 @@ enum pg_level { PG_LEVEL_NONE, PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G, PG_LEVEL_5
 
 /* The entry that maps an address, through the direct map, and its level; NULL when none is there. */
 pte_t *lookup_address(unsigned long address, unsigned int *level);
+/* BUG where a table is missing. */
+phys_addr_t slow_virt_to_phys(void *addr);
 
 #endif

@@ -19,4 +19,10 @@ int set_memory_uc(unsigned long addr, int numpages);
 int set_memory_wc(unsigned long addr, int numpages);
 int set_memory_wb(unsigned long addr, int numpages);
 
+struct page;
+
+/* set_memory_uc() and set_memory_wb() of the pages' addresses in the direct map. */
+int set_pages_uc(struct page *page, int numpages);
+int set_pages_wb(struct page *page, int numpages);
+
 #endif

@@ -80,6 +80,10 @@ static inline size_t get_vm_area_size(const struct vm_struct *area)
 	return area->flags & VM_NO_GUARD ? area->size : area->size - PAGE_SIZE;
 }
 
+/* About the frames, not about the leaves that are in use. */
+bool is_vm_area_hugepages(const void *addr);
+/* vfree() is to give the memory back writable and not executable, wherever it is mapped. */
+void set_vm_flush_reset_perms(void *addr);
 bool is_vmalloc_or_module_addr(const void *x);
 unsigned long vmalloc_nr_pages(void);
 
