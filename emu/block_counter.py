@@ -152,11 +152,6 @@ class BlockCounter(Allowance):
         """Address of an instruction of a block, 0 for the first."""
         return block.start + self._starts(block)[index]
 
-    def end_of(self, block: Block, rip: int) -> int:
-        """Address behind the instruction of a block at `rip`."""
-        after = self._index(block, rip) + 1
-        return block.start + (block.size if after == block.count else self._starts(block)[after])
-
     def ask(self) -> None:
         """Refuse the next block, whatever is left; may be called from another thread."""
         self._state[_ASKED] = 1
@@ -299,13 +294,19 @@ def _single_stepper() -> Uc:
 
 
 def _translated(code: bytes) -> list[int]:
-    uc = _single_stepper()
-    uc.ctl_flush_tb()
-    uc.mem_write(0, code + bytes(_LONGEST))
     starts = []
     at = 0
     while at < len(code):
         starts.append(at)
-        _start, _count, size = uc.ctl_request_cache(at)
-        at += max(size, 1)
+        at += length(code[at : at + _LONGEST])
     return starts
+
+
+@functools.lru_cache(4096)
+def length(code: bytes) -> int:
+    """Length in bytes, as Unicorn decodes it, of the instruction that `code` starts with."""
+    uc = _single_stepper()
+    uc.ctl_flush_tb()
+    uc.mem_write(0, code + bytes(_LONGEST))
+    size: int = uc.ctl_request_cache(0)[2]
+    return max(size, 1)

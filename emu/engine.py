@@ -41,7 +41,7 @@ from unicorn import x86_const as x86
 from unicorn.unicorn_py3.unicorn import uclib
 from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER
 
-from emu.block_counter import Block, BlockCounter
+from emu.block_counter import Block, BlockCounter, length
 from emu.code_pages import CodePages
 from emu.decode import Undecodable, decode
 from emu.engine_context import EngineError, discover
@@ -141,8 +141,9 @@ class Engine:
         self._soft_tlb_stale = False
         self._code_stale = False
         self._translate_again = False
-        # A store into the page of its own block stops a counted engine, to be executed as a block of its own.
-        self._store_alone = self._storing = False
+        # The frame of code that an instruction was stopped at storing to, and those that it may store to now.
+        self._store_alone: int | None = None
+        self._storable: set[int] = set()
         self._refused: Block | None = None
         self._behind_pause = 0
         # Whether PAUSE ends a run. It must be set before any code is translated.
@@ -236,6 +237,8 @@ class Engine:
             reason = self._run_until(rip, until, int(step))
             if self._translate_again:
                 rip = self.reg("rip")
+            elif self._store_alone is not None:
+                rip, until = self._begin_store(self._store_alone)
             elif reason is StopReason.HALT and step and not is_halt:
                 return StopReason.STEPPED
             elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
@@ -262,9 +265,9 @@ class Engine:
                 rip, until = block.start, self._blocks.address(block, left)
             elif self._translate_again:
                 rip = self.reg("rip")
-            elif self._store_alone:
-                rip = self.reg("rip")
-                until = self._behind_store(rip)
+            elif self._store_alone is not None:
+                rip, until = self._begin_store(self._store_alone)
+                counter.give_back()
             elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
                 if not counter.allowed:
                     return StopReason.BUDGET
@@ -277,13 +280,20 @@ class Engine:
             else:
                 return reason
 
-    def _behind_store(self, rip: int) -> int:
-        blocks = self._blocks
-        block = blocks.running if blocks is not None else None
-        if blocks is None or block is None:
-            raise EngineError(f"a store at {rip:#x} was stopped outside any block")
-        self._storing = True
-        return blocks.end_of(block, rip)
+    def _begin_store(self, frame: int) -> tuple[int, int]:
+        """Where an instruction that stores to a frame of code begins and ends: it is to be executed as a block of its own.
+
+        Only the first store to a page is seen by Unicorn, which drops the translations that this one store changes, and begins the
+        block that runs again if it is among them. So all of the frame's are dropped, and none is running.
+        """
+        for page in self._code.scanned.get(frame, ()):
+            if self._code.executed.get(page) == frame and self._may_look_up(page):
+                self.uc.ctl_remove_cache(page, page + PAGE_SIZE)
+                break
+        else:
+            self.uc.ctl_flush_tb()
+        rip = self.reg("rip")
+        return rip, rip + length(self.peek(rip, MAX_LENGTH))
 
     def _run_until(self, rip: int, until: int | None, count: int) -> StopReason:
         if self._soft_tlb_stale:
@@ -291,13 +301,15 @@ class Engine:
         self._reason = None
         self.fault = None
         self.intercepted = None
-        self._translate_again = self._store_alone = False
+        self._translate_again = False
+        self._store_alone = None
         if until is not None:
             self._cut(rip, until)
         # What the binding's own emu_start does, but for an exception at every fault.
         self.uc._hook_exception = None
         status = self._emu_start(self._handle, rip, 0, 0, count)
-        self._storing = False
+        if self._store_alone is None:
+            self._storable.clear()
         if until is not None:
             self._cut(rip, None)
         error = self._callback_error or self.uc._hook_exception
@@ -321,11 +333,14 @@ class Engine:
         self._forget_block(rip)
 
     def _forget_block(self, rip: int) -> None:
-        # The library looks the page up as a fetch would, and cannot bear a refusal here.
-        if rip & _PAGE_MASK in self._fetched and not self._soft_tlb_stale and self.mmu.query(rip) is not None:
+        if self._may_look_up(rip):
             self.uc.ctl_remove_cache(rip, rip + 1)
         else:
             self.uc.ctl_flush_tb()
+
+    def _may_look_up(self, la: int) -> bool:
+        """Whether the library may be asked for what it translated at `la`: it looks the page up as a fetch, and bears no refusal."""
+        return la & _PAGE_MASK in self._fetched and not self._soft_tlb_stale and self.mmu.query(la) is not None
 
     def _refusal(self) -> StopReason | None:
         """Whether the counter stopped the engine, and if so on whose behalf."""
@@ -340,7 +355,7 @@ class Engine:
     def _classify(self, status: int) -> StopReason:
         if self._reason is not None:
             return self._reason
-        if status == UC_ERR_EXCEPTION and (self.fault is not None or self._translate_again or self._store_alone):
+        if status == UC_ERR_EXCEPTION and (self.fault is not None or self._translate_again or self._store_alone is not None):
             return StopReason.FAULT
         if status == UC_ERR_INSN_INVALID:
             return StopReason.INVALID
@@ -468,6 +483,7 @@ class Engine:
         fetch = int(Access.FETCH)
         descriptor_pages = self.descriptor_pages
         fetched = code.fetched
+        storable = self._storable
         blocks = self._blocks
 
         def fill(uc: Uc, la: int, access: int, entry: object, _data: object) -> bool:
@@ -502,9 +518,12 @@ class Engine:
                 if frame not in code_frames:
                     written.add(frame)
                 elif access == 17:
+                    if frame not in storable:
+                        storable.add(frame)
+                        self._store_alone = frame
+                        self.fault_access = Access.WRITE
+                        return False
                     if blocks is not None:
-                        if not self._storing and self._stores_into_own_block(frame):
-                            return False
                         blocks.forget()
                     code.begin_write(frame)
                 else:
@@ -514,19 +533,6 @@ class Engine:
             return True
 
         return fill
-
-    def _stores_into_own_block(self, frame: int) -> bool:
-        """Stop a store into a page that its block lies in: Unicorn might restart it in the middle of the block, uncounted."""
-        assert self._blocks is not None
-        block = self._blocks.running
-        if block is None or block.count == 1:
-            return False
-        pages = {la & _PAGE_MASK for la in (block.start, block.start + block.size - 1)}
-        if not any(self._code.executed.get(page) == frame for page in pages):
-            return False
-        self._store_alone = True
-        self.fault_access = Access.WRITE
-        return True
 
     def _scan(self, la: int, frame: int) -> None:
         """Hook the candidates of a page that is about to be executed, and take back the rights to write its frame."""

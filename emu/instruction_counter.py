@@ -60,6 +60,10 @@ class Allowance:
         """An instruction past the limit was refused."""
         self._reserve, self._left.value = 0, -1
 
+    def give_back(self) -> None:
+        """An instruction that was counted will begin anew, and be counted then."""
+        self._left.value += 1
+
     def charge_delivery(self) -> None:
         """Count the delivery of an exception: without a handler that can be fetched, deliveries alone would go on for ever."""
         self._left.value -= 1
