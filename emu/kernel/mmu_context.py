@@ -224,6 +224,16 @@ class MmuContexts:
             self.counters.kept[cpu] += 1
         self.kernel.cpu_by_number(cpu).set_reg("cr3", cr3)
 
+    def context_switch(self, following: MmContext | None) -> None:
+        """What a switch of threads does about mms: a kernel thread (None) borrows the loaded one, another loads its own.
+
+        Source: v6.12 kernel/sched/core.c context_switch.
+        """
+        if following is None:
+            self.enter_lazy_tlb()
+        else:
+            self.switch_mm_irqs_off(following)
+
     def enter_lazy_tlb(self) -> None:
         """A kernel thread begins on this CPU: the loaded mm stays, and is not used."""
         state = self.cpu_tlbstate[self.kernel.cpus.current]

@@ -203,7 +203,7 @@ class TlbFlushes:
 
     def _flush_tlb_multi(self, cpumask: set[int], info: FlushTlbInfo) -> None:
         mm = info.mm
-        mask = cpumask - {info.initiating_cpu} if self.design.local_flush_first else set(cpumask)
+        mask = set(cpumask)
         if info.freed_tables or mm is None:
             self.smp.on_each_cpu_mask(mask, lambda cpu: self._flush_tlb_func(cpu, info), True, cause=info.cause)
         else:

@@ -37,6 +37,25 @@ def unmap(m: SmpMachine, mm, page: int = 0, pages: int = 1) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------- switching
 
 
+def test_pcid_0_is_nobody_s_and_user_mode_s_are_2048_above_the_kernel_s():
+    assert [kern_pcid(asid) for asid in range(TLB_NR_DYN_ASIDS)] == [1, 2, 3, 4, 5, 6]
+    assert [user_pcid(asid) for asid in range(TLB_NR_DYN_ASIDS)] == [2049, 2050, 2051, 2052, 2053, 2054]
+
+
+@with_and_without_pcid
+def test_a_kernel_thread_borrows_the_mm_of_the_thread_before_it(pcid):
+    m = SmpMachine(1, pcid=pcid)
+    mm = m.mm()
+    m.contexts.context_switch(mm.context)
+    writes = len(m.cpu[0].cr3_writes)
+    m.contexts.context_switch(None)
+    state = m.contexts.cpu_tlbstate[0]
+    assert state.loaded_mm is mm.context and state.is_lazy
+    m.contexts.context_switch(mm.context)
+    assert not state.is_lazy and len(m.cpu[0].cr3_writes) == writes
+    m.tlb.validate()
+
+
 def test_without_pcids_a_switch_writes_the_pgd_to_cr3_and_keeps_no_user_translation():
     m = SmpMachine(1)
     first, second = m.mm(), m.mm()
@@ -266,6 +285,7 @@ def test_a_cpu_in_the_mask_with_another_mm_loaded_is_sent_nothing_since_6_1(prof
     mm.context.cpumask.add(1)  # between two steps of a switch
     m.tlb.flush_tlb_page(mm.context, USER)
     assert len(m.ipis) == sent and m.cpu[1].invlpgs == []
+    assert all(cpu == 0 for cpu, _ in m.tlb.counters.up_to_date)
 
 
 @every_version
@@ -285,6 +305,17 @@ def test_a_cpu_behind_by_more_than_one_generation_flushes_everything(cpus, profi
     assert last.invlpgs == [] and last.mmu.query(USER + 3 * PAGE_SIZE) is None
     assert m.contexts.cpu_tlbstate[cpus].loaded.tlb_gen == mm.context.tlb_gen
     assert sum(m.tlb.counters.local.values()) == 1
+
+
+@every_version
+def test_a_request_for_one_page_flushes_everything_on_a_cpu_that_missed_the_one_before_it(profile):
+    m = SmpMachine(1, profile)
+    mm = m.mm()
+    everywhere(m, mm)
+    mm.context.tlb_gen = 2
+    m.tlb._flush_tlb_func(0, _request(mm, 2))
+    assert m.cpu[0].invlpgs == [] and sum(m.tlb.counters.local.values()) == 1
+    assert m.contexts.cpu_tlbstate[0].loaded.tlb_gen == 2
 
 
 @pytest.mark.parametrize(("profile", "flushes"), [(V6_12, 0), (V6_1, 0), (V5_4, 1)])

@@ -245,6 +245,14 @@ def test_ipis_and_calls_are_counted_by_cpu_and_cause(cpus):
     assert m.smp.counters.run == m.smp.counters.sent
 
 
+def test_validate_finds_a_call_that_nobody_told_its_cpu_of():
+    m = SmpMachine(2)
+    m.smp.on_each_cpu(lambda cpu: None, True)
+    m.smp.call_single_queue[1].append(CallSingleData(locked=True))
+    with pytest.raises(AssertionError, match="nobody told"):
+        m.smp.validate()
+
+
 @every_version
 @pytest.mark.parametrize("seed", range(4))
 def test_no_call_is_lost_or_made_twice_in_any_order_of_calls_and_interrupts(profile, seed):

@@ -267,6 +267,8 @@ def test_with_isolation_a_flush_of_a_kernel_page_reaches_the_other_mms_when_they
     m.switch(0, first)
     assert cpu.sees(la) is None
     m.tlb.validate()
+    m.switch(0, second)
+    assert cpu.cr3_writes[-1] & CR3_NO_INVALIDATE  # it was loaded when the flush came
 
 
 def test_without_isolation_other_mms_keep_their_translations_over_a_flush_of_a_kernel_page():
