@@ -17,6 +17,8 @@ from emu.mmu.fault import NonCanonical, PageFault
 
 IRQ_WORK_VECTOR = 0xF6
 X86_EFLAGS_IF = 1 << 9
+IDLE = "work"
+"""What a thread of the kernel's own waits for when it has nothing to do: no deadlock."""
 MASK32 = (1 << 32) - 1
 MASK64 = (1 << 64) - 1
 
@@ -28,6 +30,9 @@ class Execution:
         self.host = host
         self.waiting = waiting
         self.tasks = Tasks(host, waiting)
+        # Told when a thread goes to sleep here, and when it goes on.
+        self.on_sleep: Callable[[KernelThread], None] = lambda thread: None
+        self.on_running: Callable[[KernelThread], None] = lambda thread: None
         self._to_run: dict[int, deque[Callable[[], None]]] = {}
 
     # ---- the CPU
@@ -135,22 +140,38 @@ class Execution:
         """The current thread."""
         return self.waiting.current()
 
-    def block(self, reason: str, state: int = TASK_UNINTERRUPTIBLE) -> None:
-        """Sleep once; `reason` is what a report says the thread waits for."""
+    def schedule(self) -> None:
+        """schedule(): sleep if the thread's __state says so, else let others run first. It goes on as TASK_RUNNING."""
         thread = self.current()
         tasks = self.tasks
-        tasks.set_state(thread, state)
-        thread.waiting_for = reason
+        if tasks.state(thread) == TASK_RUNNING:
+            self.waiting.yield_cpu()
+            return
+        thread.waiting_for = thread.waiting_for or f"wake_up_process, task 0x{tasks.of(thread).address:x}"
+        self.on_sleep(thread)
         try:
             self.waiting.block()
         finally:
             thread.waiting_for = ""
             tasks.set_state(thread, TASK_RUNNING)
+        self.on_running(thread)
+
+    def block(self, reason: str, state: int = TASK_UNINTERRUPTIBLE) -> None:
+        """Sleep once; `reason` is what a report says the thread waits for."""
+        thread = self.current()
+        self.tasks.set_state(thread, state)
+        thread.waiting_for = reason
+        self.schedule()
 
     def sleep_until(self, condition: Callable[[], bool], reason: str, state: int = TASK_UNINTERRUPTIBLE) -> None:
         """Sleep until `condition` holds; whoever makes it hold wakes the thread."""
         while not condition():
             self.block(reason, state)
+
+    def cpu_relax(self) -> None:
+        """Let a moment pass on this CPU: the others run, and it takes interrupts if it may."""
+        looks = iter((False,))
+        self.waiting.spin_until(lambda: next(looks, True))
 
     def spin_until(self, condition: Callable[[], bool], reason: str) -> None:
         """Busy-wait until `condition` holds. A fault that it meets is the waiting thread's own."""

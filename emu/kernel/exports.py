@@ -67,6 +67,7 @@ class KernelSymbols:
         self._next_data = layout.kernel_data + STATIC_TABLES_SIZE
         self._by_name: dict[str, Symbol] = {}
         self._exported: dict[str, bool] = {}
+        self._absolute: dict[str, int] = {}
         self._addresses: list[int] = []
         self._names: dict[int, str] = {}
         self._modules: dict[str, tuple[Symbol, ...]] = {}
@@ -138,6 +139,11 @@ class KernelSymbols:
         self._next_data = address + size
         return address
 
+    def add_absolute(self, name: str, value: int, *, gpl: bool = False) -> None:
+        """Export a number under a name, as per-CPU variables are: what GS adds its base to."""
+        self._absolute[name] = value
+        self._exported[name] = gpl
+
     def add_alias(self, alias: str, name: str) -> None:
         """Let a second name stand for a symbol, exported if that is. Raises ValueError for an unknown `name`."""
         address = self.address_of(name)
@@ -179,7 +185,7 @@ class KernelSymbols:
         """What a module links `name` to: None when it is not exported, or only to GPL modules and `gpl` is false."""
         if name not in self._exported or (self._exported[name] and not gpl):
             return None
-        return self._by_name[name].address
+        return self._absolute[name] if name in self._absolute else self._by_name[name].address
 
     def exported_names(self) -> tuple[str, ...]:
         """Names a module may link to, sorted."""

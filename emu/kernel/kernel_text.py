@@ -27,6 +27,7 @@ SPIN_SITES = ("native_queued_spin_lock_slowpath", "smp_call_function_many_cond")
 CALL_SITES = (
     "process_one_work", "call_timer_fn", "rcu_do_batch", "__flush_smp_call_function_queue", "notifier_call_chain",
     "tasklet_action_common", "__handle_irq_event_percpu", "nmi_handle", "irq_work_single", "smp_call_function_on_cpu",
+    "__wake_up_common",
 )
 
 

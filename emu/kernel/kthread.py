@@ -67,13 +67,14 @@ class Kthreads:
         return task.address
 
     def select_cpu(self) -> int:
-        """The online CPU with the fewest of these threads; of several the first behind this one."""
+        """The online CPU with the fewest of these threads to run; of several the first behind this one."""
         host = self.execution.host
         online, here = host.cpus.online, host.cpus.current
         load = [0] * online
         for kthread in self._by_task.values():
-            if not kthread.exited and kthread.task.thread.cpu < online:
-                load[kthread.task.thread.cpu] += 1
+            thread = kthread.task.thread
+            if not kthread.started or thread.state is ThreadState.RUNNABLE:
+                load[thread.cpu] += 1
         load[here] += 1
         return min(range(online), key=lambda cpu: (load[cpu], (cpu - here) % online))
 

@@ -175,5 +175,6 @@ STATIC_VARIABLES: dict[str, tuple[int, int]] = {
     "numa_node": (_FIRST_VARIABLE + 12, 4),
     "hardirq_stack_ptr": (_FIRST_VARIABLE + 16, 8),
     "cached_stacks": (_FIRST_VARIABLE + 24, 8 * NR_CACHED_STACKS),
+    "pcpu_hot": (_FIRST_VARIABLE + 64, 64),
 }
 """Offset from the unit's base, which is the symbol's value (__per_cpu_start is 0 on x86-64), and size in bytes."""

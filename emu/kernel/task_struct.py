@@ -72,6 +72,10 @@ class Tasks:
         task = self._tasks.get(thread)
         return task if task is not None else self.add(thread)
 
+    def known(self, thread: KernelThread) -> Task | None:
+        """A thread's task, None for one that has no task_struct yet."""
+        return self._tasks.get(thread)
+
     def current(self) -> Task:
         """The current task."""
         return self.of(self.waiting.current())
@@ -131,16 +135,3 @@ class Tasks:
             thread.cpu = min(task.allowed)
             self._store32(task.address + CPU, thread.cpu)
         return self.waiting.wake(thread)
-
-    def schedule(self) -> None:
-        """schedule(): sleep if __state says so, else let others run first. The task runs again with TASK_RUNNING."""
-        thread = self.waiting.current()
-        if self.state(thread) == TASK_RUNNING:
-            self.waiting.yield_cpu()
-            return
-        thread.waiting_for = thread.waiting_for or f"wake_up_process, task 0x{self.of(thread).address:x}"
-        try:
-            self.waiting.block()
-        finally:
-            thread.waiting_for = ""
-            self.set_state(thread, TASK_RUNNING)

@@ -5,7 +5,6 @@ Linear address BASE + n is byte n of memory; everything else faults. Time counts
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,7 +82,7 @@ class FakeKernel:
         self.vectors: list[deque[int]] = [deque() for _ in range(self.nr_cpus)]
         self.on_irq: dict[int, Callable[[], None]] = {TIMER: self._run_timers}
         self.irq_exit: Callable[[], None] = lambda: None
-        self.on_switch: Callable[[int], None] = lambda cpu: None
+        self.on_switch: Callable[[int, KernelThread], None] = lambda cpu, previous: None
         self.now = 0
         self._timers: list[list[object]] = []
         self.acts: dict[KernelThread, list[Act]] = {thread: [] for thread in self.idle}
@@ -171,7 +170,7 @@ class FakeKernel:
         thread.context = dict(self.cpu.registers)
         self.running[cpu] = self.idle[cpu]
         self.cpu.registers["rflags"] = 0x202
-        self.on_switch(cpu)
+        self.on_switch(cpu, thread)
         self.hub.switch()
 
     def wake(self, thread: KernelThread) -> bool:
@@ -212,8 +211,9 @@ class FakeKernel:
         """Until every thread is dead or asleep for good. Raises Deadlock, AssertionError after `limit` rounds."""
         self.hub = getcurrent()
         for _ in range(limit):
-            if not any([self._step(cpu) for cpu in range(self.nr_cpus)]) and not self._jump():
-                stuck = [thread for thread in self.threads if self.acts[thread] and thread.state is not ThreadState.DEAD]
+            went_on = [self._step(cpu) for cpu in range(self.nr_cpus)]
+            if not any(went_on) and not self._jump():
+                stuck = [thread for thread in self.threads if self.acts[thread] and thread.waiting_for != "work"]
                 if stuck:
                     raise Deadlock({thread.comm: thread.waiting_for for thread in stuck})
                 return
@@ -228,9 +228,9 @@ class FakeKernel:
 
     def _step(self, cpu: int) -> bool:
         self.cpus.current = cpu
-        if any(timer[3] is not None and timer[0] <= self.now and timer[2] == cpu for timer in self._timers):
-            if TIMER not in self.vectors[cpu]:
-                self.vectors[cpu].append(TIMER)
+        due = any(timer[3] is not None and timer[0] <= self.now and timer[2] == cpu for timer in self._timers)
+        if due and TIMER not in self.vectors[cpu]:
+            self.vectors[cpu].append(TIMER)
         if self.vectors[cpu] and self.cpu.reg("rflags") & IF:
             self._interrupt(self.vectors[cpu].popleft())
             return True
@@ -254,7 +254,7 @@ class FakeKernel:
             if not self.acts[thread] and thread is not self.idle[cpu]:
                 thread.state = ThreadState.DEAD
                 self.running[cpu] = self.idle[cpu]
-                self.on_switch(cpu)
+                self.on_switch(cpu, thread)
 
     def _interrupt(self, vector: int) -> None:
         cpu, count = self.cpu, self.counts[self.cpus.current]

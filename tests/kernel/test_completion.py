@@ -21,7 +21,7 @@ def completions(cpus: int = 2) -> tuple[FakeKernel, Execution, Completions]:
 
 
 def test_complete_before_the_wait_is_kept_in_done():
-    kernel, run, made = completions()
+    _, run, made = completions()
     made.complete(DONE)
     assert run.load32(DONE) == 1
     assert made.wait(DONE) > 0
@@ -48,7 +48,7 @@ def test_complete_wakes_the_waiter_that_came_first():
 
 
 def test_complete_all_is_for_waiters_to_come_too():
-    kernel, run, made = completions()
+    _, run, made = completions()
     made.complete_all(DONE)
     made.wait(DONE)
     made.wait(DONE)

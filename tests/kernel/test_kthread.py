@@ -69,7 +69,7 @@ def test_kthread_stop_wakes_a_thread_that_sleeps():
             run.tasks.set_state(run.current(), TASK_INTERRUPTIBLE)
             if made.should_stop():
                 return 1
-            run.tasks.schedule()
+            run.schedule()
 
     def main() -> None:
         task = made.create(kernel.function(sleeper), 0, "sleeper")
@@ -113,7 +113,7 @@ def test_a_thread_that_ended_by_itself_is_gone_for_kthread_stop():
 
 
 def test_threads_go_to_the_cpu_with_the_fewest_of_them():
-    kernel, run, made = kthreads(3)
+    _, run, made = kthreads(3)
     where = [run.tasks.find(made.create(0, 0, "t")).thread.cpu for _ in range(4)]
     assert where == [1, 2, 0, 1]
 
@@ -185,7 +185,7 @@ def test_a_wake_up_between_set_current_state_and_schedule_is_not_lost():
         thread = run.current()
         tasks.set_state(thread, TASK_INTERRUPTIBLE)
         assert made.wake_up_process(tasks.of(thread).address)
-        tasks.schedule()
+        run.schedule()
         done.append(tasks.state(thread))
 
     kernel.start(sleeper)
@@ -199,7 +199,7 @@ def test_task_state_stands_where_set_current_state_writes_it():
 
     def sleeper() -> None:
         run.store32(run.tasks.current().address + STATE, TASK_INTERRUPTIBLE)
-        run.tasks.schedule()
+        run.schedule()
         seen.append("woken")
 
     thread = kernel.start(sleeper)

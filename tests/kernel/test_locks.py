@@ -316,7 +316,7 @@ def test_up_write_wakes_all_readers_that_wait():
 
 
 def test_a_downgraded_writer_lets_readers_in():
-    kernel, run = execution()
+    _, run = execution()
     rwsems = Rwsems(run)
     rwsems.init(LOCK)
     rwsems.down_write(LOCK)
