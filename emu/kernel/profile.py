@@ -58,6 +58,8 @@ class Profile:
     # Page tables (arch/x86)
     readonly_is_clean: bool
     """PAGE_KERNEL_RO and _ROX have D clear and set_memory_ro clears it: from v6.6 (shadow-stack support) on."""
+    nx_checks_aliases: bool
+    """set_memory_nx and _x look for aliases too, which NX is not carried over to, and so flush everything: from v6.2 on."""
     preallocated_vmalloc: bool
     """The vmalloc region's top-level entries are populated at boot: from v5.8 on. Otherwise vmalloc_fault copies
     them.
@@ -109,6 +111,7 @@ V6_12 = Profile(
     release="6.12.117+deb12-amd64",
     build="#1  Debian 6.12.117-1~deb12u1",
     readonly_is_clean=True,
+    nx_checks_aliases=True,
     preallocated_vmalloc=True,
     noprof_symbols=True,
     huge_vmalloc=True,
@@ -125,6 +128,7 @@ V6_1 = Profile(
     release="6.1.0-56-amd64",
     build="#1  Debian 6.1.192-2",
     readonly_is_clean=False,
+    nx_checks_aliases=False,
     preallocated_vmalloc=True,
     noprof_symbols=False,
     huge_vmalloc=True,
@@ -141,6 +145,7 @@ V5_4 = Profile(
     release="5.4.302",
     build="#1",
     readonly_is_clean=False,
+    nx_checks_aliases=False,
     preallocated_vmalloc=False,
     noprof_symbols=False,
     huge_vmalloc=False,

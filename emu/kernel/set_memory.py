@@ -32,7 +32,8 @@ def change_page_attr(
 ) -> tuple[int, FlushRange]:
     """Set and clear protection bits (4 KiB format) of `numpages` pages from `addr`, without regard to aliases.
 
-    Returns (0, what is owed), or (-EINVAL for an unmapped page, -ENOMEM when a leaf cannot be split; what was changed).
+    Returns (0, what is owed), or (-EINVAL for an unmapped page, -ENOMEM when a leaf cannot be split; what was changed). Where
+    the tables know their TLBs, a split is flushed at once and owes nothing more.
     """
     start = addr
     end = addr + (numpages << PAGE_SHIFT)
@@ -55,7 +56,11 @@ def change_page_attr(
             changed = True
             addr += found.size
         elif split_large_page(tables, found, addr):
-            flush_all = True
+            # Before the new entries change: TLBs may not hold a large and a small translation that differ.
+            if tables.tlb is None:
+                flush_all = True
+            else:
+                tables.tlb.flush_tlb_all(cause="__split_large_page")
         else:
             err = -errno.ENOMEM
     if flush_all or (changed and numpages > TLB_SINGLE_PAGE_FLUSH_CEILING):
@@ -110,7 +115,8 @@ def change_page_attr_set_clr(
 ) -> tuple[int, FlushRange]:
     """change_page_attr on [addr, +numpages pages) and on the direct-map aliases of its frames, after vm_unmap_aliases().
 
-    Raises ValueError when `addr` is not page aligned. The flush owed is everything as soon as an alias was changed.
+    Raises ValueError when `addr` is not page aligned. The flush owed is everything as soon as aliases had to be looked for, or
+    after an error; nothing where only an alias was changed, as Linux looks no further than at the pages asked for.
     """
     if addr % PAGE_SIZE:
         raise ValueError(f"address {addr:#x} is not page aligned")
@@ -118,19 +124,25 @@ def change_page_attr_set_clr(
     err, flush = change_page_attr(mm, addr, numpages, set_mask=set_mask, clear_mask=clear_mask)
     layout = mm.layout
     in_direct_map = layout.page_offset <= addr < layout.va(mm.memory.size)
-    if err or in_direct_map or not (set_mask | clear_mask) & ~NX:
-        return err, flush
+    nx_only = not (set_mask | clear_mask) & ~NX
+    changed = flush != NOTHING_TO_FLUSH
+    if err or in_direct_map or (nx_only and not mm.profile.nx_checks_aliases):
+        return err, FLUSH_EVERYTHING if err and changed else flush
+    split = False
     for page in range(addr, addr + (numpages << PAGE_SHIFT), PAGE_SIZE):
         entry = mm.lookup(page)
         pa = entry.entry & PHYSICAL_MASK & -entry.size | page & (entry.size - 1) & -PAGE_SIZE
         if pa >= mm.memory.size:
             continue
-        err, alias = change_page_attr(mm, layout.va(pa), 1, set_mask=set_mask, clear_mask=clear_mask)
-        if alias != NOTHING_TO_FLUSH:
+        if changed:
             flush = FLUSH_EVERYTHING
+        if nx_only:
+            continue
+        err, alias = change_page_attr(mm, layout.va(pa), 1, set_mask=set_mask, clear_mask=clear_mask)
+        split |= alias == FLUSH_EVERYTHING
         if err:
             break
-    return err, flush
+    return err, FLUSH_EVERYTHING if split else flush
 
 
 def set_memory_ro(mm: InitMm, addr: int, numpages: int) -> tuple[int, FlushRange]:

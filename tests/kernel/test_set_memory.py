@@ -1,13 +1,15 @@
+import errno
+
 import numpy as np
 import pytest
-from kernel_floor import flags_of, make_floor, recorded_facts
+from kernel_floor import RecordedFlushes, flags_of, make_floor, recorded_facts
 from vmap_machine import kernel
 
 from emu.kernel.gfp import GFP_KERNEL
 from emu.kernel.layout import PMD_SIZE
 from emu.kernel.pgtable import FlushRange, PgLevel
-from emu.kernel.pgtable_types import FLUSH_EVERYTHING
-from emu.kernel.profile import V6_1, V6_12
+from emu.kernel.pgtable_types import FLUSH_EVERYTHING, NOTHING_TO_FLUSH
+from emu.kernel.profile import V5_4, V6_1, V6_12
 from emu.kernel.set_memory import (
     set_direct_map_default,
     set_direct_map_invalid,
@@ -60,20 +62,55 @@ def test_set_memory_ro_of_one_page_splits_the_huge_leaf_as_recorded(kernel, prof
     floor.mm.validate()
 
 
-def test_nx_alone_changes_no_alias_and_owes_only_its_range():
-    floor, la, pfn = mapped()
+@pytest.mark.parametrize("profile", [V6_12, V6_1, V5_4], ids=lambda profile: profile.name)
+def test_nx_alone_changes_no_alias_and_owes_only_its_range_before_6_2(profile):
+    floor, la, pfn = mapped(profile)
     before = floor.mm.lookup(floor.layout.va(pfn << 12))
-    assert set_memory_x(floor.mm, la, 1) == (0, FlushRange(la, la + 4096))
+    owed = FLUSH_EVERYTHING if profile is V6_12 else FlushRange(la, la + 4096)
+    assert set_memory_x(floor.mm, la, 1) == (0, owed)
     assert not floor.mm.lookup(la).entry >> 63
-    assert set_memory_nx(floor.mm, la, 1) == (0, FlushRange(la, la + 4096))
+    assert set_memory_x(floor.mm, la, 1) == (0, NOTHING_TO_FLUSH)
+    assert set_memory_nx(floor.mm, la, 1) == (0, owed)
     assert floor.mm.lookup(la).entry >> 63
     assert floor.mm.lookup(floor.layout.va(pfn << 12)) == before
 
 
 def test_more_than_33_pages_owe_a_flush_of_everything():
-    floor, la, _ = mapped(pages=34)
+    floor, la, _ = mapped(V6_1, pages=34)
     assert set_memory_x(floor.mm, la, 33) == (0, FlushRange(la, la + 33 * 4096))
     assert set_memory_x(floor.mm, la, 34) == (0, FLUSH_EVERYTHING)
+
+
+@pytest.mark.parametrize("profile", [V6_12, V6_1, V5_4], ids=lambda profile: profile.name)
+def test_each_split_is_flushed_at_once_and_the_change_of_a_direct_map_page_owes_its_range(profile):
+    floor = make_floor(size=4 << 30, profile=profile)
+    flushes = floor.mm.tlb = RecordedFlushes()
+    la = floor.layout.va((1 << 30) + 5 * PMD_SIZE + 0x3000)
+    assert set_memory_ro(floor.mm, la, 1) == (0, FlushRange(la, la + 4096))
+    assert flushes.ranges == [None, None]  # 1 GiB to 2 MiB, 2 MiB to 4 KiB
+
+
+def test_the_split_of_an_alias_is_flushed_at_once_too():
+    floor, la, _ = mapped()
+    flushes = floor.mm.tlb = RecordedFlushes()
+    assert set_memory_ro(floor.mm, la, 1) == (0, FLUSH_EVERYTHING)
+    splits = len(flushes.ranges)
+    assert splits and set(flushes.ranges) == {None}
+    assert set_memory_rw(floor.mm, la, 1) == (0, FLUSH_EVERYTHING)
+    assert len(flushes.ranges) == splits
+
+
+def test_a_change_of_nothing_but_an_alias_is_not_flushed():
+    floor, la, pfn = mapped()
+    set_memory_ro(floor.mm, la, 1)
+    assert set_memory_rw(floor.mm, floor.layout.va(pfn << 12), 1)[0] == 0
+    assert set_memory_ro(floor.mm, la, 1) == (0, NOTHING_TO_FLUSH)
+    assert not floor.mm.lookup(floor.layout.va(pfn << 12)).entry & 2
+
+
+def test_a_change_that_fails_half_way_owes_a_flush_of_everything():
+    floor, la, _ = mapped(V6_1, pages=2)
+    assert set_memory_x(floor.mm, la, 3) == (-errno.EINVAL, FLUSH_EVERYTHING)
 
 
 def test_a_whole_large_leaf_is_changed_without_a_split():
