@@ -12,6 +12,7 @@ from emu.kernel.profile import V5_4, V6_1, V6_12
 from emu.kernel.purge import VmapSpace
 from emu.kernel.smp import CALL_FUNCTION_VECTOR
 from emu.kernel.vmap_node import design_of
+from emu.machine import Machine, MachineConfig
 from emu.mmu.registers import CR3_NO_INVALIDATE, Cr4
 from emu.trace import FlushIssued, TlbFlushed
 
@@ -322,3 +323,20 @@ def test_invlpgs_full_flushes_and_ipis_are_counted_by_cause(cpus):
     assert m.smp.counters.sent_for("vm_unmap_aliases") == cpus - 1
     if cpus > 2:
         assert {vector for _, vector in m.sent()} == {CALL_FUNCTION_VECTOR}
+
+
+# ---------------------------------------------------------------------------------------------------- on a real machine
+
+
+@every_number_of_cpus
+def test_C35_through_the_idt_of_every_cpu(cpus):
+    machine = Machine(MachineConfig(cpus=cpus, memory=256 * MIB))
+    la = machine.kernel.layout.vmalloc_start + MIB
+    machine.flushes.flush_tlb_kernel_range(la, la + 5 * PAGE_SIZE, cause="near")
+    machine.flushes.flush_tlb_kernel_range(la, la + MIB, cause="far")
+    counters, calls = machine.flushes.counters, machine.kernel.smp.counters
+    assert counters.invlpg == {(cpu, "near"): 5 for cpu in range(cpus)}
+    assert counters.full == {(cpu, "far"): 1 for cpu in range(cpus)}
+    assert calls.sent_for("near") == calls.sent_for("far") == cpus - 1
+    assert sum(calls.received.values()) == 2 * (cpus - 1)
+    machine.flushes.validate()
