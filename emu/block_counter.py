@@ -179,6 +179,8 @@ class BlockCounter(Allowance):
         self._table = (ctypes.c_uint64 * (2 * (size + _SLACK)))()
         self._state[_TABLE] = ctypes.addressof(self._table)
         self._state[_MASK] = (size - 1) * _ENTRY
+        # What lay in the old table is reached no more. A table grows between two blocks, when none runs.
+        self._state[_LAST] = 0
 
     def _block_at(self, at: int) -> Block:
         if at == ctypes.addressof(self._kept):
@@ -225,13 +227,17 @@ class BlockCounter(Allowance):
         start, count, size = self._uc.ctl_request_cache(block.start)
         if (start, size) != (block.start, block.size):
             return len(self._lengths(block))
-        # A block that is cut ends with an instruction of no bytes that stops the engine.
-        return count - 1 if block.start + block.size == self.exit else count
+        if block.start + block.size != self.exit:
+            return count
+        # A block that is cut ends with an instruction of no bytes that stops the engine; one that would have ended there does not.
+        starts = _decoded(block)
+        block.starts = starts if starts is not None and len(starts) in (count - 1, count) else self._lengths(block)
+        return len(block.starts)
 
     def _starts(self, block: Block) -> tuple[int, ...]:
         if block.starts is None:
             starts = _decoded(block)
-            block.starts = starts if len(starts) == block.count else self._lengths(block)
+            block.starts = starts if starts is not None and len(starts) == block.count else self._lengths(block)
             if len(block.starts) != block.count:
                 known = len(block.starts)
                 raise EngineError(f"the block at {block.start:#x} has {block.count} instructions, and {known} can be told")
@@ -268,15 +274,16 @@ class BlockCounter(Allowance):
         return area
 
 
-def _decoded(block: Block) -> tuple[int, ...]:
+def _decoded(block: Block) -> tuple[int, ...] | None:
+    """Offsets of a block's instructions as the disassembler knows them; None when it does not know one."""
     starts = []
     at = 0
     while at < block.size:
         starts.append(at)
         try:
             at += decode(block.code[at : at + _LONGEST], block.start + at).size
-        except Undecodable:  # it can only be the last, whose bytes are no instruction
-            break
+        except Undecodable:
+            return None
     return tuple(starts)
 
 

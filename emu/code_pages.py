@@ -19,8 +19,6 @@ class CodePages:
         self._memory = memory
         self._drop_rights = drop_rights
         self._drop_code = drop_code
-        # Pages this CPU may fetch from now, by linear address: what the soft TLB holds with the right to execute.
-        self.fetched: dict[int, int] = {}
         # The linear pages at which a frame of code was searched for candidates.
         self.scanned: dict[int, set[int]] = {}
         # Frames that the soft TLB may let be written.

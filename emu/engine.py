@@ -14,10 +14,7 @@ Source of the engine's behaviour: tests/characterisation.
 
 from __future__ import annotations
 
-import ctypes
-import re
 from collections.abc import Callable
-from enum import Enum, auto
 from threading import Event
 
 from unicorn import (
@@ -43,63 +40,33 @@ from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER
 
 from emu.block_counter import Block, BlockCounter, length
 from emu.code_pages import CodePages
+from emu.code_reader import CodeReader
 from emu.decode import Undecodable, decode
-from emu.engine_context import EngineError, discover
-from emu.engine_registers import REGISTERS, WIDE, RegisterBatch
+from emu.engine_context import EngineError
 from emu.instruction_counter import Allowance, InstructionCounter
+from emu.interception import behind_pause, stop_offsets, stops
 from emu.memory import PAGE_SIZE, BusError, Memory, MmioRegion
 from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.mmu import Mmu
 from emu.mmu.registers import Cr0, Cr4
-from emu.mmu.walk import walk
 from emu.operands import fetch_boundary
-from emu.privileged_opcodes import MAX_LENGTH, PORTS, PrivilegedInstruction, candidates, recognise
+from emu.privileged_opcodes import MAX_LENGTH, PORTS
 from emu.rflags import Rflags
+from emu.stop_reason import INSIDE, StopReason
+
+__all__ = ["Engine", "StopReason"]
 
 # How long `stop` waits before it asks again: a request that falls between two runs of the engine is lost.
 _ASK_AGAIN = 0.001
 _WRITE_GRANT = 2
 _EXEC_GRANT = 4
 _PAGE_MASK = ~(PAGE_SIZE - 1)
-# PAUSE (SDM vol. 2B): F3 90, other prefixes anywhere before the opcode; with REX.B it would be XCHG.
-_LEGACY = rb"[\x66\x67\xf2\x2e\x36\x3e\x26\x64\x65]{0,12}"
-_PAUSE = re.compile(rb"(?=(" + _LEGACY + rb"\xf3" + _LEGACY + rb"[\x40\x42\x44\x46\x48\x4a\x4c\x4e]?\x90))")
 _IOPL = int(Rflags.IOPL)
 # Bits of CR4 that Unicorn itself must know: SSE, FS/GS base instructions, and SMAP for its split of soft TLBs by RFLAGS.AC.
 _ENGINE_CR4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.FSGSBASE | Cr4.SMAP | Cr4.TSD | Cr4.DE | Cr4.PAE
 
 
-class StopReason(Enum):
-    """Why the engine came back."""
-
-    HALT = auto()          # HLT was executed; RIP is behind it
-    INTERCEPT = auto()     # before a privileged instruction
-    INTERRUPT = auto()     # the instruction raised an exception or software interrupt: `vector`
-    INVALID = auto()       # undefined opcode
-    FAULT = auto()         # an access could not be translated: `fault`
-    LIMIT = auto()         # the instruction limit
-    ASKED = auto()         # somebody called `stop`
-    STEPPED = auto()       # one instruction was executed, as asked
-    BUDGET = auto()        # the run executed as many instructions as it was allowed; RIP is at the next
-    PAUSE = auto()         # PAUSE was executed, and `pause_yields` is set; RIP is behind it
-
-
-# Stops at an instruction of a block that has begun.
-_INSIDE = frozenset((StopReason.FAULT, StopReason.INTERCEPT, StopReason.INTERRUPT, StopReason.INVALID, StopReason.PAUSE))
-
-
-def _stops(code: bytes) -> PrivilegedInstruction | None:
-    """The instruction that `code` starts with if it is the machine's to execute.
-
-    Every page-fault handler reads CR2, and 16 us are a quarter of its time: the engine has the value and does that itself.
-    """
-    found = recognise(code)
-    if found is not None and found.name == "mov_from_cr" and found.reg == 2 and 0xF0 not in found.prefixes:
-        return None
-    return found
-
-
-class Engine:
+class Engine(CodeReader):
     """A Unicorn CPU over `memory`, whose translations come from `mmu`.
 
     `limit` counts instructions exactly and bounds them (InstructionCounter); None runs at full speed without a bound.
@@ -108,9 +75,7 @@ class Engine:
     tlb_mode = UC_TLB_VIRTUAL
 
     def __init__(self, memory: Memory, mmu: Mmu, *, limit: int | None = None) -> None:
-        self.memory = memory
-        self.mmu = mmu
-        self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
+        super().__init__(Uc(UC_ARCH_X86, UC_MODE_64), memory, mmu)
         self.uc.ctl_set_cpu_model(UC_CPU_X86_ICELAKE_SERVER)
         self.uc.ctl_set_tlb_mode(self.tlb_mode)
         self.uc.mem_map_ptr(0, memory.size, 7, memory.host_address)
@@ -118,15 +83,8 @@ class Engine:
             self._map_mmio(region)
         # Without this emu_start has an end address, and every run takes five times as long to prepare.
         self.uc.ctl_exits_enabled(True)
-        self._layout = discover()
-        # The binding's reg_read takes 1.7 us, the library's own function with a buffer kept for it 0.5 us, and a #PF needs twenty.
-        self._handle = self.uc._uch
-        self._reg_read = uclib.uc_reg_read
-        self._reg_write = uclib.uc_reg_write
         self._emu_start = uclib.uc_emu_start
         self._emu_stop = uclib.uc_emu_stop
-        self._word = ctypes.c_uint64()
-        self._word_address = ctypes.byref(self._word)
         self._blocks: BlockCounter | None = None
         self.counter: Allowance | None = None if limit is None else self._make_counter(limit)
         self.fault: PageFault | NonCanonical | BusError | None = None
@@ -150,7 +108,6 @@ class Engine:
         self.pause_yields = False
         self._hooked: set[int] = set()
         self._code = CodePages(memory, self.drop_soft_tlb, self._drop_code)
-        self._fetched = self._code.fetched
         # Pages that hold GDT, LDT, IDT or TSS: accesses to them may be implicit supervisor accesses (SDM vol. 3A 4.6.1).
         self.descriptor_pages: set[int] = set()
         self.is_implicit: Callable[[int], bool] = lambda page_la: False
@@ -214,11 +171,11 @@ class Engine:
                 self.set_reg("rip", rip)
                 return StopReason.ASKED
             if self.counter is None:
-                return self._execute_uncounted(rip, step=step)
+                return self._execute_until_stopped(rip, step=step, exact=exact)
             if self.counter.allow(budget) <= 0:
                 self.set_reg("rip", rip)
             else:
-                reason = self._execute_counted(self.counter, rip, exact)
+                reason = self._execute_until_stopped(rip, step=step, exact=exact)
                 if reason is not StopReason.BUDGET:
                     return reason
                 if step:
@@ -230,46 +187,29 @@ class Engine:
         finally:
             self._running = False
 
-    def _execute_uncounted(self, rip: int, *, step: bool) -> StopReason:
-        is_halt = step and self._is_halt(rip)
+    def _execute_until_stopped(self, rip: int, *, step: bool, exact: bool) -> StopReason:
+        """BUDGET means that no instruction past what the counter allows was executed; the caller tells whose bound it was."""
+        counter = self.counter
+        granted = 0 if counter is None else counter.allowed
+        # An engine without a counter is made to stop behind one instruction, as it stops behind HLT.
+        single = step and counter is None
+        is_halt = single and self._is_halt(rip)
         until: int | None = None
         while True:
-            reason = self._run_until(rip, until, int(step))
+            reason = self._run_until(rip, until, int(single))
             if self._translate_again:
                 rip = self.reg("rip")
             elif self._store_alone is not None:
                 rip, until = self._begin_store(self._store_alone)
-            elif reason is StopReason.HALT and step and not is_halt:
-                return StopReason.STEPPED
-            elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
-                rip, until = until, None
-            elif reason is StopReason.FAULT and self.fault_access is Access.FETCH:
-                until = self._last_whole_instruction()
-                if until is None:
-                    return reason
-                rip = self.reg("rip")
-            else:
-                return reason
-
-    def _execute_counted(self, counter: Allowance, rip: int, exact: bool) -> StopReason:
-        """BUDGET means that no instruction past what `counter` allows was executed; the caller tells whose bound it was."""
-        until: int | None = None
-        granted = counter.allowed
-        while True:
-            reason = self._run_until(rip, until, 0)
-            if reason is StopReason.BUDGET:
-                block = self._refused
-                left = counter.allowed
+            elif reason is StopReason.BUDGET and counter is not None:
+                block, left = self._refused, counter.allowed
                 if self._blocks is None or block is None or not left or (not exact and left != granted):
                     return reason
                 rip, until = block.start, self._blocks.address(block, left)
-            elif self._translate_again:
-                rip = self.reg("rip")
-            elif self._store_alone is not None:
-                rip, until = self._begin_store(self._store_alone)
-                counter.give_back()
+            elif reason is StopReason.HALT and single and not is_halt:
+                return StopReason.STEPPED
             elif reason is StopReason.HALT and until is not None and self.reg("rip") == until:
-                if not counter.allowed:
+                if counter is not None and not counter.allowed:
                     return StopReason.BUDGET
                 rip, until = until, None
             elif reason is StopReason.FAULT and self.fault_access is Access.FETCH:
@@ -292,6 +232,8 @@ class Engine:
                 break
         else:
             self.uc.ctl_flush_tb()
+        if self.counter is not None:
+            self.counter.give_back()
         rip = self.reg("rip")
         return rip, rip + length(self.peek(rip, MAX_LENGTH))
 
@@ -304,20 +246,20 @@ class Engine:
         self._translate_again = False
         self._store_alone = None
         if until is not None:
-            self._cut(rip, until)
+            self._cut(rip, until, end=True)
         # What the binding's own emu_start does, but for an exception at every fault.
         self.uc._hook_exception = None
         status = self._emu_start(self._handle, rip, 0, 0, count)
         if self._store_alone is None:
             self._storable.clear()
         if until is not None:
-            self._cut(rip, None)
+            self._cut(rip, until, end=False)
         error = self._callback_error or self.uc._hook_exception
         if error is not None:
             self._callback_error = None
             raise error
         reason = self._refusal() or self._classify(status)
-        if self._blocks is not None and reason in _INSIDE and not (
+        if self._blocks is not None and reason in INSIDE and not (
             reason is StopReason.FAULT and self.fault_access is Access.FETCH
         ):
             self._blocks.settle(self.reg("rip"))
@@ -325,21 +267,23 @@ class Engine:
             self.set_reg("rip", self._behind_pause)
         return reason
 
-    def _cut(self, rip: int, until: int | None) -> None:
+    def _cut(self, rip: int, until: int, *, end: bool) -> None:
         """Let the block at `rip` end before `until`, or at its natural end again."""
-        self.uc.ctl_set_exits([] if until is None else [until])
+        self.uc.ctl_set_exits([until] if end else [])
         if self._blocks is not None:
-            self._blocks.exit = until
+            self._blocks.exit = until if end else None
+        # If the block ends there by itself, the next one is the end.
         self._forget_block(rip)
+        self._forget_block(until)
 
-    def _forget_block(self, rip: int) -> None:
-        if self._may_look_up(rip):
-            self.uc.ctl_remove_cache(rip, rip + 1)
+    def _forget_block(self, la: int) -> None:
+        if self._may_look_up(la):
+            self.uc.ctl_remove_cache(la, la + 1)
         else:
             self.uc.ctl_flush_tb()
 
     def _may_look_up(self, la: int) -> bool:
-        """Whether the library may be asked for what it translated at `la`: it looks the page up as a fetch, and bears no refusal."""
+        """Whether the library may be asked for its translations at `la`: it looks the page up as a fetch, and bears no refusal."""
         return la & _PAGE_MASK in self._fetched and not self._soft_tlb_stale and self.mmu.query(la) is not None
 
     def _refusal(self) -> StopReason | None:
@@ -398,58 +342,6 @@ class Engine:
             self._blocks.answer()
         return asked
 
-    def reg(self, name: str) -> int:
-        """A register by its lower-case name. Raises KeyError for an unknown one."""
-        number = REGISTERS[name]
-        if number in WIDE:
-            wide: int = self.uc.reg_read(number)
-            return wide
-        self._word.value = 0
-        self._reg_read(self._handle, number, self._word_address)
-        return self._word.value
-
-    def set_reg(self, name: str, value: int) -> None:
-        """Set a register by its lower-case name; CS changes the selector only (see set_cpl)."""
-        number = REGISTERS[name]
-        if number in WIDE:
-            self.uc.reg_write(number, value)
-            return
-        self._word.value = value
-        self._reg_write(self._handle, number, self._word_address)
-
-    def batch(self, *names: str) -> RegisterBatch:
-        """Registers that are read or written together. Raises KeyError for an unknown name."""
-        return RegisterBatch(self._handle, names)
-
-    def set_table_register(self, name: str, base: int, limit: int, selector: int = 0) -> None:
-        """Load GDTR, IDTR, LDTR or TR: base address, limit in bytes less one."""
-        self.uc.reg_write(REGISTERS[name], (selector, base, limit, 0x8900 if name == "tr" else 0x8200 if name == "ldtr" else 0))
-
-    def set_cpl(self, cpl: int) -> None:
-        """Set the privilege level and forget the exception that the engine last raised."""
-        context = self.uc.context_save()
-        self._layout.set_cpl(context, cpl)
-        self.uc.context_restore(context)
-        self.mmu.cpl = cpl
-
-    def forget_exception(self) -> None:
-        """Clear the engine's exception state, so that the next exception is not taken for a double fault."""
-        self.set_cpl(self.mmu.cpl)
-
-    @property
-    def error_code(self) -> int:
-        """Error code of the exception that the engine raised last."""
-        return self._layout.read_error_code(self.uc.context_save())
-
-    def msr(self, index: int) -> int:
-        """A model-specific register that Unicorn implements."""
-        value: int = self.uc.msr_read(index)
-        return value
-
-    def set_msr(self, index: int, value: int) -> None:
-        """Set a model-specific register that Unicorn implements."""
-        self.uc.msr_write(index, value)
-
     def drop_soft_tlb(self) -> None:
         """Make every later access ask the MMU again."""
         self._fetched.clear()
@@ -482,7 +374,7 @@ class Engine:
         executed = code.executed
         fetch = int(Access.FETCH)
         descriptor_pages = self.descriptor_pages
-        fetched = code.fetched
+        fetched = self._fetched
         storable = self._storable
         blocks = self._blocks
 
@@ -540,12 +432,7 @@ class Engine:
         if self._region_of(frame << 12) is not None:
             return
         page = self.memory.read(frame << 12, PAGE_SIZE)
-        if self.pause_yields:
-            for match in _PAUSE.finditer(page):
-                self._hook(la + match.start())
-        for offset in candidates(page):
-            if offset <= PAGE_SIZE - MAX_LENGTH and not _stops(page[offset : offset + MAX_LENGTH]):
-                continue
+        for offset in stop_offsets(page, pause=self.pause_yields):
             self._hook(la + offset)
 
     def _hook(self, address: int) -> None:
@@ -556,13 +443,13 @@ class Engine:
     def _on_candidate(self, uc: Uc, la: int, size: int, _data: object) -> None:
         try:
             code = self.peek(la, MAX_LENGTH)
-            pause = _PAUSE.match(code) if self.pause_yields else None
+            pause = behind_pause(code) if self.pause_yields else None
             if pause is not None:
-                self._behind_pause = la + pause.end(1)
+                self._behind_pause = la + pause
                 self._reason = StopReason.PAUSE
                 self._emu_stop(self._handle)
                 return
-            instruction = _stops(code)
+            instruction = stops(code)
             if instruction is None or (instruction.name in PORTS and self._may_use_ports()):
                 return
             self.intercepted = la, code
@@ -574,34 +461,6 @@ class Engine:
     def _may_use_ports(self) -> bool:
         """CPL is not above IOPL (SDM vol. 1 19.5.1); else the I/O permission bitmap decides."""
         return not self.mmu.cpl or self.mmu.cpl <= (self.reg("rflags") & _IOPL) >> 12
-
-    def peek(self, la: int, size: int) -> bytes:
-        """Up to `size` bytes of code at `la` as this CPU would fetch them, without a change of state; at least one.
-
-        Raises PageFault, NonCanonical or BusError when the first byte cannot be fetched.
-        """
-        offset = la & (PAGE_SIZE - 1)
-        page = self._fetched.get(la - offset)
-        if page is not None and offset + size <= PAGE_SIZE:
-            return self.memory.read(page + offset, size)
-        first = min(size, PAGE_SIZE - offset)
-        code = self.memory.read(self._peek_fetch(la), first)
-        if first < size:
-            try:
-                code += self.memory.read(self._peek_fetch(la + first & 0xFFFF_FFFF_FFFF_FFFF), size - first)
-            except (PageFault, NonCanonical, BusError):
-                return code
-        return code
-
-    def _peek_fetch(self, la: int) -> int:
-        page = self._fetched.get(la & _PAGE_MASK)
-        if page is not None:
-            return page | la & (PAGE_SIZE - 1)
-        mmu = self.mmu
-        cached = mmu.query(la)
-        if cached is not None:
-            return cached.pa(la)
-        return walk(self.memory, mmu.regs, la, Access.FETCH, mmu.cpl == 3, set_ad=False).pa
 
     def _on_interrupt(self, uc: Uc, vector: int, _data: object) -> None:
         self.vector = vector
@@ -622,12 +481,6 @@ class Engine:
     def _on_every_instruction(self, _uc: Uc, _la: int, _size: int, _data: object) -> None:
         """Without a TLB every instruction asks anew."""
         self._flush_soft_tlb()
-
-    def _region_of(self, pa: int) -> MmioRegion | None:
-        for region in self.memory.mmio:
-            if region.start <= pa < region.start + region.size:
-                return region
-        return None
 
     def _map_mmio(self, region: MmioRegion) -> None:
         if region.start < self.memory.size:

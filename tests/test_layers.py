@@ -18,7 +18,7 @@ LAYERS = [
     [
         "emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions",
         "emu.cpuid", "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter",
-        "emu.code_pages", "emu.privileged_opcodes",
+        "emu.code_pages", "emu.code_reader", "emu.interception", "emu.stop_reason", "emu.privileged_opcodes",
         "emu.operands", "emu.decode", "emu.rflags",
     ],
     ["emu.kernel"],
@@ -31,6 +31,7 @@ LAYERS = [
 STRANGERS = [("emu.cpu", "emu.kernel"), ("emu.cpu", "emu.guest"), ("emu.kernel", "emu.guest")]
 ENGINE_ONLY_IN = {
     "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter", "emu.native",
+    "emu.code_reader",
 }
 
 
