@@ -178,13 +178,17 @@ class TlbSan:
         stores = cpu.stores.get(use.key, [])
         if not stores:
             return None, ()
-        wanted = {"P", "RSVD", "frame", "size"}
-        if use.fault is not None and use.fault.error & 1:
-            wanted = {"RW", "US", "XD", "PKEY", "RSVD"}
-        at = len(stores) - 1
-        while at and not wanted.isdisjoint(stores[at - 1][1]):
-            at -= 1
-        return stores[at][0], stores[-1][1]
+        differs = stores[-1][1]
+        # Each store to a part of a large page concerns that part.
+        there = [(store, how) for store, how in stores if store.start <= use.la < store.end] or stores
+        at = len(there) - 1
+        if "size" not in there[at][1]:
+            wanted = {"P", "RSVD", "frame"}
+            if use.fault is not None and use.fault.error & 1:
+                wanted = {"RW", "US", "XD", "PKEY", "RSVD"}
+            while at and not wanted.isdisjoint(there[at - 1][1]):
+                at -= 1
+        return there[at][0], differs
 
     def _kind(self, use: StaleUse, store: Store | None, differs: tuple[str, ...]) -> Kind:
         if use.key.table:

@@ -182,6 +182,33 @@ def test_a_walk_through_a_stale_pde_is_told_and_what_it_filled_is_stale_too() ->
     assert len(on.uses) == 2 and not on.uses[1][1].key.table
 
 
+def test_a_read_by_a_stale_pde_that_may_still_read_is_not_granted_the_write_that_it_may_not() -> None:
+    on = Watched()
+    on.tables.map(LA + PAGE, PA + PAGE)
+    on.mmu.fill(LA, R, True)
+    on.change(level=2, size=HUGE, clear=RW)
+    assert on.mmu.fill(LA + PAGE, R, True) == PA + PAGE | Grant.R
+    assert not on.uses
+    on.mmu.fill(LA + PAGE, W, True)
+    assert [use.access for _, use in on.uses] == [W]
+
+
+def test_a_global_entry_is_right_while_any_address_space_of_the_cpu_says_so() -> None:
+    on = Watched(flags=OPEN | G)
+    on.mmu.load_cr3(ROOT | 1)
+    on.mmu.fill(LA, W, True)
+    Tables(memory=on.tables.memory, root=0x200_0000)
+    on.mmu.load_cr3(0x200_0000 | 2)
+    on.tell(LA, LA + PAGE)
+    assert not on.mmu.watch.watched
+    on.change(clear=RW)
+    assert on.mmu.watch.watched
+    on.mmu.fill(LA, R, True)
+    assert not on.uses
+    on.mmu.fill(LA, W, True)
+    assert len(on.uses) == 1
+
+
 def test_a_fault_that_only_a_stale_pde_gives_is_told() -> None:
     on = Watched()
     on.mmu.fill(LA, R, True)

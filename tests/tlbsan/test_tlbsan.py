@@ -18,7 +18,7 @@ from emu.kernel.kernel import Kernel
 from emu.kernel.mm import PAGE_SHARED_DIRTY, Mm
 from emu.kernel.pgtable_types import FlushRange
 from emu.kernel.profile import find_profile
-from emu.kernel.set_memory import set_memory_ro, set_memory_rw
+from emu.kernel.set_memory import change_page_attr, set_memory_ro, set_memory_rw
 from emu.machine import LINUX_CR0, LINUX_CR4, LINUX_EFER, LINUX_PKRU, Machine, MachineConfig
 from emu.memory import Memory
 from emu.mmu.fault import Access, PageFault
@@ -297,6 +297,61 @@ def test_a_write_to_memory_made_read_only_uses_a_revoked_right() -> None:
     assert on.found.store.function == "__change_page_attr" and "RW" in on.found.differs
 
 
+def test_the_culprit_is_the_store_that_took_what_the_use_needs() -> None:
+    on = Cpus(cpus=2)
+    la = on.vmalloc()
+    on.write(1, la)
+    on.skipped = {1}
+    set_memory_ro(on.kernel.init_mm, la, 1)
+    on.kernel.vmalloc.vfree(la)
+    on.read(1, la)
+    assert on.found.store is not None and on.found.store.function == "vunmap_range_noflush"
+    assert on.san.counts().stores > 1
+
+
+def test_an_entry_that_was_filled_anew_is_not_charged_to_what_made_the_old_one_stale() -> None:
+    on = Cpus(cpus=1)
+    mm, la = on.kernel.init_mm, on.kernel.layout.vmalloc_start + (1 << 40)
+    for _ in range(2):
+        assert not mm.vmap_range_noflush(la, la + PAGE, 16 * MIB, mm.prots.kernel, 12)
+        on.read(0, la)
+        debt = mm.vunmap_range_noflush(la, la + PAGE)
+        last = on.san.counts().stores
+        on.read(0, la)
+        on.pay(debt)
+    assert [finding.store.number for finding in on.san.findings if finding.store is not None] == [last - 1, last]
+
+
+def test_each_store_to_a_split_page_is_charged_with_its_own_part() -> None:
+    on = Cpus(cpus=1)
+    mm, la = on.kernel.init_mm, on.kernel.layout.vmalloc_start + (1 << 40)
+    assert not mm.vmap_range_noflush(la, la + PMD, 16 * MIB, mm.prots.kernel, 21)
+    on.read(0, la)
+    on.skipped = {0}
+    assert not change_page_attr(mm, la + 3 * PAGE, 1, set_mask=0, clear_mask=2)[0]
+    for page in (7, 8):
+        mm.vunmap_range_noflush(la + page * PAGE, la + (page + 1) * PAGE)
+    on.read(0, la + 6 * PAGE)
+    on.read(0, la + 3 * PAGE)
+    assert not on.san.findings
+    for page in (7, 8):
+        on.read(0, la + page * PAGE)
+        store = on.san.findings[-1].store
+        assert store is not None and store.start == la + page * PAGE
+    on.write(0, la + 3 * PAGE)
+    store = on.san.findings[-1].store
+    assert store is not None and store.function == "__change_page_attr"
+
+
+def test_a_page_moved_within_its_area_is_moved() -> None:
+    on = Cpus(cpus=1)
+    la = on.vmalloc()
+    on.read(0, la)
+    on.kernel.init_mm.set_pte(la, 16 * MIB | on.kernel.init_mm.prots.kernel)
+    on.read(0, la)
+    assert on.found.kind is Kind.MOVED and on.found.now == f"frame {16 * MIB >> 12:#x}"
+
+
 def test_a_store_of_the_program_to_a_page_table_is_a_culprit() -> None:
     on = Cpus(cpus=2)
     la = on.vmalloc()
@@ -451,5 +506,3 @@ def test_watching_changes_nothing_that_a_guest_or_its_tlb_does() -> None:
         watched = machine.run(program)
         assert (outcome.ended, outcome.returned, outcome.faults) == (watched.ended, watched.returned, watched.faults)
         assert plain.cpu.mmu.listing() == machine.cpu.mmu.listing()
-
-
