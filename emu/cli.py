@@ -7,6 +7,7 @@ that names the value and the place.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -69,7 +70,7 @@ def _switch(text: str) -> bool:
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine", "each wins over the same option in a guest's header")
     group.add_argument("--levels", type=int, choices=(4, 5), help="paging levels (default 4)")
-    group.add_argument("--cpus", type=_integer(1, 1), metavar="N", help="CPUs: 1 in this version")
+    group.add_argument("--cpus", type=_integer(1, 64), metavar="N", help="CPUs, 1 to 64 (default 1)")
     group.add_argument("--memory", type=_size, metavar="SIZE", help="RAM, e.g. 256M or 64G; multiple of 4M (default 1G)")
     group.add_argument("--nodes", type=_integer(1, 8), metavar="N", help="NUMA nodes (default 1)")
     group.add_argument("--kernel", choices=tuple(PROFILES), help="kernel version to model (default 6.12)")
@@ -81,12 +82,20 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pti", type=_switch, metavar="on|off", nargs="?", const=True,
                        help="page-table isolation: no kernel mappings in user tables (default off)")
     for name, what in (
+        ("pcid", "PCIDs: translations of several address spaces at once (default off)"),
+        ("invlpgb", "INVLPGB in place of IPIs (default off)"),
+        ("debug-pagealloc", "kernel parameter: flush at every unmapping (default off)"),
+        ("tlbsan", "report every use of a translation that memory no longer gives (default on)"),
         ("gbpages", "1 GiB pages in the CPU (default on)"),
         ("nogbpages", "kernel parameter: no 1 GiB pages in the direct map (default off)"),
         ("nohugevmalloc", "kernel parameter: vmalloc in 4 KiB pages only (default off)"),
         ("nohugeiomap", "kernel parameter: ioremap in 4 KiB pages only (default off)"),
     ):
         group.add_argument(f"--{name}", type=_switch, metavar="on|off", nargs="?", const=True, help=what)
+    group.add_argument("--quantum", type=_integer(1, _MAX_INTEGER >> 2), metavar="N",
+                       help="instructions of a CPU's turn when there are several (default 100000)")
+    group.add_argument("--schedule", metavar="STEPS",
+                       help="turns of several CPUs: CPU@COUNT>CPU, CPU@COUNT!nmi or CPU@COUNT!VECTOR, comma between")
     group.add_argument("--seed", type=_integer(0, _MAX_INTEGER - 1), metavar="N", help="seed of all randomness (default 0)")
     group.add_argument("--max-instructions", type=_integer(1, _MAX_INTEGER >> 2), metavar="N",
                        help="bound of the guest's run (default 1000000000)")
@@ -135,12 +144,7 @@ def _add_state_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _overrides(arguments: argparse.Namespace) -> MachineOptions:
-    return MachineOptions(
-        levels=arguments.levels, memory=arguments.memory, kernel=arguments.kernel, nodes=arguments.nodes, cpus=arguments.cpus,
-        tlb=arguments.tlb, native=arguments.native, kaslr=arguments.kaslr, pti=arguments.pti, gbpages=arguments.gbpages,
-        nogbpages=arguments.nogbpages, nohugevmalloc=arguments.nohugevmalloc, nohugeiomap=arguments.nohugeiomap,
-        seed=arguments.seed, max_instructions=arguments.max_instructions,
-    )
+    return MachineOptions(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(MachineOptions)})
 
 
 def _run(arguments: argparse.Namespace) -> int:

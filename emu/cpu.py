@@ -208,6 +208,10 @@ class Cpu:
         values.update(registers)
         return list(values.values())
 
+    def context_registers(self, context: list[int]) -> dict[str, int]:
+        """The registers of a context by name."""
+        return dict(zip(("rip", *_CONTEXT), context, strict=True))
+
     def invlpg(self, la: int) -> None:
         """Execute INVLPG."""
         self.mmu.invlpg(la)

@@ -35,6 +35,7 @@ from emu.kernel.places import place_of
 from emu.kernel.profile import find_profile
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.sched import NeedsClock
+from emu.kernel.show_state import blocked_lines, cpu_lines
 from emu.kernel.task import KernelThread, ThreadState, comm_of
 from emu.kernel.tlbflush import TlbFlushes
 from emu.kernel.traps import BugEntry
@@ -46,8 +47,9 @@ from emu.mmu.tlb import Tlb, TlbMode
 from emu.mmu.walk import walk
 from emu.msr import IA32_FMASK, IA32_LSTAR, IA32_PAT, IA32_STAR
 from emu.native import NativeEngine
-from emu.trace import Delivery, Event, FlushIssued, FunctionCall, Sink, discard
-from emu.turns import Alone, RoundRobin
+from emu.tlbsan import NOTHING_TRACKED, Scene, TlbSan, Tracking, kernel_scene, lines
+from emu.trace import Delivery, Event, FlushIssued, FunctionCall, Sink, TlbFlushed, discard
+from emu.turns import DEFAULT_QUANTUM, Alone, Policy, RoundRobin, Scheduled, parse_schedule
 
 DEFAULT_MEMORY = 1 << 30
 MAX_CPUS = 64
@@ -82,6 +84,8 @@ class MachineConfig:
     """What machine to build. `memory` in bytes; `kernel` a profile's name; `tlb` a TlbMode's value.
 
     `pcid`: the kernel turns PCIDs on; `invlpgb`: the CPUs have INVLPGB and the kernel uses it in place of IPIs.
+    `debug_pagealloc`, a kernel parameter, flushes at every unmapping; `tlbsan` reports uses of stale translations.
+    `quantum` in instructions is the turn of one of several CPUs, unless `schedule` (see emu/turns.py) decides.
     `gbpages` false: a CPU without 1 GiB pages. `nogbpages`, `nohugevmalloc`, `nohugeiomap`: the kernel parameters of these names.
     """
 
@@ -96,6 +100,10 @@ class MachineConfig:
     pti: bool = False
     pcid: bool = False
     invlpgb: bool = False
+    debug_pagealloc: bool = False
+    tlbsan: bool = True
+    quantum: int = DEFAULT_QUANTUM
+    schedule: str = ""
     gbpages: bool = True
     nogbpages: bool = False
     nohugevmalloc: bool = False
@@ -113,6 +121,8 @@ class MachineConfig:
             raise ValueError(f"TLB mode is {self.tlb!r}; it must be one of {', '.join(mode.value for mode in TlbMode)}")
         if self.native and self.tlb != TlbMode.INFINITE:
             raise ValueError(f"TLB mode is {self.tlb!r}; a native machine has Unicorn's own TLB, whose mode cannot be chosen")
+        if self.schedule:
+            parse_schedule(self.schedule, self.cpus)
         if self.invlpgb and self.pti:
             raise ValueError("invlpgb and pti are both set; no processor with INVLPGB needs page-table isolation")
         if not 0 <= self.seed < 1 << 64:
@@ -169,7 +179,9 @@ class Machine:
     Raises ValueError or MemoryError for a machine that cannot be: RAM too small, an unknown kernel.
     """
 
-    def __init__(self, config: MachineConfig, *, limit: int | None = None, sink: Sink = discard) -> None:
+    def __init__(
+        self, config: MachineConfig, *, limit: int | None = None, sink: Sink = discard, track: Tracking = NOTHING_TRACKED
+    ) -> None:
         self.config = config
         self.sink = sink
         self.statistics = Statistics()
@@ -186,7 +198,7 @@ class Machine:
         ModuleApi(self.kernel)
         register_percpu(self.kernel)
         self.mm_api = MmApi(self.kernel)
-        if config.cpus > 1 and limit is None:
+        if (config.cpus > 1 or config.schedule) and limit is None:
             limit = DEFAULT_MAX_INSTRUCTIONS
         engine = NativeEngine if config.native else Engine
         self.cpus = [
@@ -210,12 +222,36 @@ class Machine:
         kernel = self.kernel
         kernel.attach_cpus(list(self.cpus))
         self._flushes = TlbFlushes(
-            kernel.smp, kernel.contexts, self._on_flush, task_size_max=kernel.layout.task_size_max, invlpgb=config.invlpgb
+            kernel.smp, kernel.contexts, self._on_flush, task_size_max=kernel.layout.task_size_max,
+            invpcid=features.invpcid and config.pcid, invlpgb=config.invlpgb,
         )
-        self.hub = Hub(self.cpus, self.kernel.sched, self.kernel.text, self, Alone() if config.cpus == 1 else RoundRobin())
+        kernel.vmalloc.debug_pagealloc = config.debug_pagealloc
+        self.hub = Hub(self.cpus, kernel.sched, kernel.text, self, self._policy())
+        self.tlbsan = TlbSan(kernel, track=track, time=lambda: self.hub.total() or 0) if self._sanitizes else None
+        if self.tlbsan is not None:
+            self.tlbsan.on_finding = lambda finding: kernel.print_lines(lines(finding))
+            for cpu in self.cpus:
+                self.tlbsan.attach(cpu.mmu, cpu.id, partial(self._scene, cpu))
         self._thread: KernelThread | None = None
         self._returned: int | None = None
         self._registers: dict[str, int] = {}
+
+    @property
+    def _sanitizes(self) -> bool:
+        """Without a TLB nothing is stale, and Unicorn's own cannot be seen."""
+        return self.config.tlbsan and not self.config.native and self.config.tlb != TlbMode.NONE
+
+    def _policy(self) -> Policy:
+        if self.config.schedule:
+            return Scheduled(parse_schedule(self.config.schedule, self.config.cpus))
+        return Alone() if self.config.cpus == 1 else RoundRobin(self.config.quantum)
+
+    def _scene(self, cpu: Cpu) -> Scene:
+        """Who makes the access under way on a CPU, for a report of TLBSan."""
+        found = cpu.memory_accesses(cpu.reg("rip"))
+        return kernel_scene(
+            self.kernel, cpu.id, cpu.mmu, cpu.reg, found[0].size if found else 0, self.hub.executed(cpu.id)
+        )
 
     def _start_cpu(self, cpu: Cpu) -> None:
         """Bring a CPU to where Linux has brought it when it runs its first thread."""
@@ -267,6 +303,10 @@ class Machine:
                 self.statistics.full_flushes += 1
             else:
                 self.statistics.flushes += 1
+            if self.tlbsan is not None:
+                self.tlbsan.flush_issued(event.flush, event.cpu, event.start, event.end, event.cause, event.cpus)
+        elif isinstance(event, TlbFlushed) and self.tlbsan is not None:
+            self.tlbsan.flushed(event.flush, event.cpu)
         self.sink(event)
 
     # ---- what the CPU tells
@@ -425,12 +465,15 @@ class Machine:
                 return "halted"
             case Finish(final=Final.LIMIT, stop=LimitReached(rip=rip)):
                 printk(f"vmemu: CPU {number} reached the instruction limit at RIP {rip:#x}")
+                if len(self.cpus) > 1:
+                    self.kernel.print_lines(cpu_lines(self.kernel))
                 return "limit"
             case Finish(final=Final.LIVELOCK, stop=Livelock(rip=rip)):
                 printk(f"vmemu: CPU {number} delivers exceptions without end at RIP {rip:#x}: no handler can be fetched")
                 return "livelock"
             case Finish(final=Final.INTERRUPTED):
                 raise WatchdogExpired
+        self.kernel.print_lines(blocked_lines(self.kernel))
         return "deadlock"
 
     def enter_kernel(self, cpu: Cpu, la: int) -> Ending | None:
@@ -464,7 +507,22 @@ class Machine:
             except (PageFault, NonCanonical, BusError) as error:
                 raise Unreadable(f"{la:#x} cannot be read: {error}") from None
 
-        return Outcome(ended, returned, self.faults, tuple(self.log_lines()), self._registers, symbol, read_u64)
+        log = tuple(self.log_lines())
+        return Outcome(ended, returned, self.faults, log, self._registers, symbol, read_u64, self.counts(), self.reports)
+
+    def counts(self) -> dict[str, int]:
+        """What the run counted, by the names of directives.COUNTS."""
+        flushed, kernel = self.flushes.counters, self.kernel
+        return {
+            "ipi": kernel.smp.counters.sent.total(), "switch": kernel.sched.switches,
+            "flush": self.statistics.flushes, "full-flush": self.statistics.full_flushes,
+            "invlpg": flushed.invlpg.total(), "invlpgb": flushed.invlpgb.total(),
+        }
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """The first line of each report of TLBSan."""
+        return () if self.tlbsan is None else tuple(lines(finding)[1] for finding in self.tlbsan.findings)
 
     def log_lines(self) -> Iterable[str]:
         """The kernel log, a line each."""

@@ -3,6 +3,7 @@
 ; expect: faults #PF 1
 ; expect: oops
 ; expect: memory seen == 0x1234
+; expect: tlbsan "use-after-unmap"
 
 section .text
 init_module:

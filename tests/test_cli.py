@@ -133,7 +133,7 @@ def test_a_bad_guest_is_refused_in_one_line_that_names_the_place(guest: Path, na
     [
         (["--levels", "3"], "--levels"),
         (["--levels", "x"], "--levels"),
-        (["--cpus", "2"], "--cpus"),
+        (["--cpus", "65"], "--cpus"),
         (["--memory", "banana"], "banana"),
         (["--memory", "0"], "--memory"),
         (["--memory", "3M"], "multiple of 4 MiB"),

@@ -23,9 +23,11 @@ VECTORS = {
     "#SS": 12, "#GP": 13, "#PF": 14, "#MF": 16, "#AC": 17, "#MC": 18, "#XM": 19,
 }  # fmt: skip
 VECTOR_NAMES = {number: name for name, number in VECTORS.items()}
-ENDS = ("returned", "oops", "panic", "signal", "halted", "triple fault", "livelock", "bus error", "limit")
+ENDS = ("returned", "oops", "panic", "signal", "halted", "triple fault", "livelock", "bus error", "limit", "deadlock")
 
-_PLAIN_ENDS = ("limit", "triple-fault", "livelock", "bus-error", "halted", "signal")
+_PLAIN_ENDS = ("limit", "triple-fault", "livelock", "bus-error", "halted", "signal", "deadlock")
+# What a run counts, by the names that `expect: count` knows.
+COUNTS = ("ipi", "flush", "full-flush", "invlpg", "invlpgb", "switch")
 _MAX_LINE = 1000
 
 
@@ -42,6 +44,12 @@ class MachineOptions:
     native: bool | None = None
     kaslr: bool | None = None
     pti: bool | None = None
+    pcid: bool | None = None
+    invlpgb: bool | None = None
+    debug_pagealloc: bool | None = None
+    tlbsan: bool | None = None
+    quantum: int | None = None
+    schedule: str | None = None
     gbpages: bool | None = None
     nogbpages: bool | None = None
     nohugevmalloc: bool | None = None
@@ -105,7 +113,24 @@ class MemoryEquals:
     value: Sum
 
 
-Expectation = Return | FaultExpected | FaultCount | Log | End | MemoryEquals
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The run counted exactly so many of what COUNTS names."""
+
+    line: int
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sanitized:
+    """TLBSan reports a use whose first line has the text; any report that nobody expects is a failure."""
+
+    line: int
+    text: str
+
+
+Expectation = Return | FaultExpected | FaultCount | Log | End | MemoryEquals | Counted | Sanitized
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +196,17 @@ _MACHINE_KEYS: dict[str, Callable[[str], Any]] = {
     "memory": _memory,
     "kernel": _kernel,
     "nodes": _bounded(1, 8),
-    "cpus": _bounded(1, 256),
+    "cpus": _bounded(1, 64),
     "tlb": _choice("infinite", "finite", "none"),
     "native": _switch,
     "kaslr": _switch,
     "pti": _switch,
+    "pcid": _switch,
+    "invlpgb": _switch,
+    "debug-pagealloc": _switch,
+    "tlbsan": _switch,
+    "quantum": _bounded(1, 1 << 62),
+    "schedule": str,
     "gbpages": _switch,
     "nogbpages": _switch,
     "nohugevmalloc": _switch,
@@ -296,14 +327,21 @@ def _parse_expectation(text: str, line: int) -> Expectation:
         if not equals:
             raise ValueError("memory expects ADDRESS == VALUE")
         return MemoryEquals(line, parse_address(address), parse_address(value))
+    if word == "count":
+        name, _, number = rest.partition(" ")
+        if name not in COUNTS:
+            raise ValueError(f"unknown count {name[:60]!r} (known: {', '.join(COUNTS)})")
+        return Counted(line, name, _integer(number.strip()))
+    if word == "tlbsan":
+        return Sanitized(line, _quoted(rest, word))
     if word == "no-fault" and not rest:
         return FaultCount(line, 0)
     if word in ("oops", "panic"):
         return End(line, word, _quoted(rest, word) if rest else None)
     if word in _PLAIN_ENDS and not rest:
         return End(line, word.replace("-", " "))
-    known = "return, fault, faults, no-fault, oops, panic, signal, halted, triple-fault, livelock, bus-error, limit, log, "
-    known += "no-log, memory"
+    known = "return, fault, faults, no-fault, oops, panic, signal, halted, triple-fault, livelock, bus-error, limit, "
+    known += "deadlock, log, no-log, memory, count, tlbsan"
     raise ValueError(f"unknown expectation {text[:60]!r} (known: {known})")
 
 

@@ -9,6 +9,7 @@ from emu.guest.address import Sum, evaluate
 from emu.guest.directives import (
     ENDS,
     VECTOR_NAMES,
+    Counted,
     End,
     Expectation,
     FaultCount,
@@ -16,6 +17,7 @@ from emu.guest.directives import (
     Log,
     MemoryEquals,
     Return,
+    Sanitized,
 )
 
 MASK64 = (1 << 64) - 1
@@ -49,7 +51,8 @@ class Outcome:
     """What a run came to.
 
     `ended` is one of directives.ENDS; `returned` is RAX when it returned; `registers` are the last ones; `symbol` gives the
-    address of a symbol of the guest or the kernel; `read_u64` reads memory as it is now and raises Unreadable.
+    address of a symbol of the guest or the kernel; `read_u64` reads memory as it is now and raises Unreadable. `counts` has a
+    number for each of directives.COUNTS, `reports` the first line of each report of TLBSan.
     """
 
     ended: str
@@ -59,6 +62,8 @@ class Outcome:
     registers: Mapping[str, int]
     symbol: Callable[[str], int | None]
     read_u64: Callable[[int], int]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    reports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.ended not in ENDS:
@@ -81,6 +86,11 @@ def judge(expectations: Sequence[Expectation], outcome: Outcome) -> list[str]:
         except (_Unmet, LookupError, Unreadable) as unmet:
             text = str(unmet.args[0]) if unmet.args else str(unmet)
             failures.append(f"line {expectation.line}: {text}")
+    wanted = [e.text for e in expectations if isinstance(e, Sanitized)]
+    failures += [
+        f'expected no report of TLBSan, but there is "{report}"'
+        for report in outcome.reports if not any(text in report for text in wanted)
+    ]
     if not any(isinstance(e, Return | End) for e in expectations) and outcome.ended != "returned":
         failures.append(f"expected the guest to return, but {_ending(outcome)}")
     return failures
@@ -104,8 +114,15 @@ def _signed32(value: int) -> int:
     return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)
 
 
-def _check(expectation: Return | FaultCount | Log | End | MemoryEquals, outcome: Outcome) -> None:
+def _check(expectation: Return | FaultCount | Log | End | MemoryEquals | Counted | Sanitized, outcome: Outcome) -> None:
     match expectation:
+        case Counted(name=name, count=count):
+            if outcome.counts.get(name, 0) != count:
+                raise _Unmet(f"expected {name} to be counted {count} times, but it was {outcome.counts.get(name, 0)}")
+        case Sanitized(text=text):
+            if not any(text in report for report in outcome.reports):
+                others = f"; the first is \"{outcome.reports[0]}\"" if outcome.reports else ""
+                raise _Unmet(f'expected a report of TLBSan with "{text}", but none of {len(outcome.reports)} has it{others}')
         case Return(value=value):
             _check_return(value, outcome)
         case FaultCount(count=count, vector=vector):

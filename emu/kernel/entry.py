@@ -16,10 +16,11 @@ from emu.kernel import fault, traps
 from emu.kernel.gfp import gfp_text
 from emu.kernel.interrupts import ENOSYS, EarlyException, Interrupts, Syscall
 from emu.kernel.kernel_cpu import KernelCpu
-from emu.kernel.oops import Controls, DieContext, OopsReport, OopsSource, dump_stack, panic
+from emu.kernel.oops import Controls, DieContext, OopsReport, OopsSource, dump_stack, panic, show_trace
 from emu.kernel.percpu_first_chunk import IRQ_STACK_SIZE
 from emu.kernel.pti import PageTableIsolation
 from emu.kernel.ptrace import PT_REGS_IP, X86_EFLAGS_IF, PtRegs, pack_pt_regs, read_pt_regs
+from emu.kernel.task import KernelThread
 from emu.kernel.unwind import StackInfo, Stacks, StackSection, StackType, Unwinder
 from emu.kernel.warn_sites import Site
 from emu.mmu.fault import NonCanonical, PageFault
@@ -96,9 +97,9 @@ class ExceptionEntry:
         action = traps.handle_trap(facts, vector, regs, error, address)
         return self._act(cpu, source, action, regs, frame_la)
 
-    def _entry_regs(self, cpu: KernelCpu) -> dict[int, PtRegs]:
-        """The registers on the stacks of a CPU's thread, by address: one set for each exception and interrupt under way."""
-        activations = self.kernel.current_thread(cpu).activations
+    def _entry_regs(self, thread: KernelThread) -> dict[int, PtRegs]:
+        """The registers on the stacks of a thread, by address: one set for each exception and interrupt under way."""
+        activations = thread.activations
         return self._last_regs | {la: regs for activation in activations for la, regs in activation.entry_regs.items()}
 
     def _context(self, cpu: KernelCpu) -> DieContext:
@@ -208,6 +209,15 @@ class ExceptionEntry:
         """dump_stack(): the current thread and its call trace."""
         self.kernel.print_lines(dump_stack(self._source(cpu), self.kernel.oops_state))
 
+    def thread_trace(self, thread: KernelThread) -> tuple[str, ...]:
+        """The call trace of a thread, wherever it stands."""
+        cpu = self.kernel.cpu_by_number(thread.cpu)
+        regs = self.current_regs(cpu)
+        if thread.context is not None:
+            saved = cpu.context_registers(thread.context)
+            regs = PtRegs(ip=saved["rip"], sp=saved["rsp"], bp=saved["rbp"])
+        return show_trace(self._source(cpu, thread), self.kernel.oops_state, regs)
+
     def panic(self, cpu: KernelCpu, message: str) -> None:
         """panic(): its text; the caller ends the machine."""
         self.kernel.print_lines(panic(self._source(cpu), self.kernel.oops_state, message).lines)
@@ -227,9 +237,9 @@ class ExceptionEntry:
         except (PageFault, NonCanonical):
             return None
 
-    def _stacks(self, cpu: KernelCpu) -> Stacks:
-        """The stacks the kernel knows, each with where it was entered from."""
-        thread = self.kernel.current_thread(cpu)
+    def _stacks(self, cpu: KernelCpu, thread: KernelThread | None = None) -> Stacks:
+        """The stacks the kernel knows, each with where it was entered from; that of `thread` if not the current one."""
+        thread = thread or self.kernel.current_thread(cpu)
 
         def saved_rsp(end: int) -> int:
             return self._word(cpu, end - 2 * _WORD)
@@ -244,9 +254,10 @@ class ExceptionEntry:
         data = self._peek(cpu, la, _WORD)
         return 0 if data is None else int.from_bytes(data, "little")
 
-    def _source(self, cpu: KernelCpu) -> OopsSource:
+    def _source(self, cpu: KernelCpu, thread: KernelThread | None = None) -> OopsSource:
         kernel = self.kernel
-        stacks = self._stacks(cpu)
+        thread = thread or kernel.current_thread(cpu)
+        stacks = self._stacks(cpu, thread)
 
         def read(la: int, size: int) -> bytes:
             try:
@@ -256,7 +267,7 @@ class ExceptionEntry:
                 raise
 
         unwinder = Unwinder(
-            lambda la, size: self._peek(cpu, la, size), kernel.is_text, kernel.symbolize, entry_regs=self._entry_regs(cpu)
+            lambda la, size: self._peek(cpu, la, size), kernel.is_text, kernel.symbolize, entry_regs=self._entry_regs(thread)
         )
 
         def trace(regs: PtRegs | None) -> tuple[StackSection, ...]:

@@ -126,6 +126,8 @@ class Kernel:
         self.modules: list[Module] = []
         self.smp = SmpCalls(self, self.sched, profile.smp)
         self.contexts = MmuContexts(self, self.init_mm.pgd, profile.tlb, pcid=pcid, pti=pti)
+        self.init_mm.tlb = tlb
+        self.sched.on_switch = self._context_switch
         self.symbols = KernelSymbols(self.layout, memory)
         self.oops_text = KERNEL_TEXT[profile.name]
         kaslr_offset = self.layout.kernel_text - 0xFFFF_FFFF_8100_0000 if random is not None else None
@@ -139,6 +141,7 @@ class Kernel:
         self._work: list[Callable[[], None]] = []
         self._rcu_callbacks: list[Callable[[], None]] = []
         self._next_pid = FIRST_PID
+        self.threads: list[KernelThread] = []
         self._caller = 0
         self.text = self.sched.text = KernelText(memory, self.layout, self.symbols, profile.name)
         self.percpu = PerCpu(
@@ -261,6 +264,7 @@ class Kernel:
             raise MemoryError(f"memory size is {self.memory.size:#x}; no room for a thread's stack")
         thread = KernelThread(self._next_pid, comm, stack.addr, cpu, stack)
         self._next_pid += 1
+        self.threads.append(thread)
         if self._cpus:
             thread.context = self._cpus[cpu].make_context(
                 rip=self.symbol("ret_from_fork_asm"), rsp=initial_rsp(thread), rbx=function, rdi=argument, rflags=RFLAGS_IF,
@@ -317,6 +321,7 @@ class Kernel:
         self.thread_stacks.exit_task_stack_account(thread.stack_vm_area)
         self.thread_stacks.free_thread_stack(thread.stack_vm_area)
         thread.stack_vm_area = None
+        self.threads.remove(thread)
 
     def _mempolicy(self) -> Mempolicy | None:
         thread = self.sched.running[self.cpus.current]
@@ -332,6 +337,10 @@ class Kernel:
         """The current thread as an oops names it."""
         thread = self.current_thread(cpu)
         return Task(thread.comm, thread.pid, cpu.id)
+
+    def _context_switch(self, previous: KernelThread, following: KernelThread) -> None:
+        """A CPU has taken another thread: its mm is loaded, or the last one kept (v6.12 kernel/sched/core.c context_switch)."""
+        self.contexts.context_switch(None if following.mm is None else following.mm.context)
 
     def _schedule_debug(self, thread: KernelThread) -> None:
         """A thread that may not sleep does (v6.12 kernel/sched/core.c __schedule_bug)."""

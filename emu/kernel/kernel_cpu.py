@@ -37,6 +37,9 @@ class KernelCpu(Protocol):
     def make_context(self, **registers: int) -> list[int]:
         """A context of these registers, all others zero. Raises KeyError for a register that is not part of one."""
 
+    def context_registers(self, context: list[int]) -> dict[str, int]:
+        """The registers of a context by name."""
+
     def invlpg(self, la: int) -> None:
         """Execute INVLPG."""
 

@@ -454,6 +454,13 @@ def opcodes_line(src: OopsSource, state: OopsState, regs: PtRegs) -> str:
     return out.lines[0]
 
 
+def show_trace(src: OopsSource, state: OopsState, regs: PtRegs | None) -> tuple[str, ...]:
+    """The call trace alone, of the caller or of a context that stands elsewhere."""
+    out = _Printer(src, state)
+    out.call_trace(regs)
+    return tuple(out.lines)
+
+
 def dump_stack(src: OopsSource, state: OopsState) -> tuple[str, ...]:
     """dump_stack(): who runs, and the call trace of the caller."""
     out = _Printer(src, state)

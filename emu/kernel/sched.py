@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
@@ -104,6 +104,7 @@ class Scheduler:
         self.text: KernelText | None = None
         self.clock: Callable[[], int | None] = lambda: 0
         self.skipped = 0
+        self.switches = 0
         self.queues: list[deque[KernelThread]] = [deque() for _ in range(nr_cpus)]
         self.idle: list[KernelThread] = []
         self.running: list[KernelThread | None] = [None] * nr_cpus
@@ -212,6 +213,7 @@ class Scheduler:
 
     def _switch(self, number: int, previous: KernelThread, following: KernelThread) -> None:
         self.running[number] = following
+        self.switches += 1
         assert following.context is not None, f"{following.comm} has nowhere to go on"
         self.cpu(number).load_context(following.context)
         following.context = None
@@ -353,10 +355,6 @@ class Scheduler:
     def advance(self, time: int) -> None:
         """Nobody has anything to do before `time`."""
         self.skipped += max(0, time - self.time())
-
-    def blocked(self, threads: Sequence[KernelThread]) -> list[KernelThread]:
-        """Those of `threads` that sleep."""
-        return [thread for thread in threads if thread.state is ThreadState.BLOCKED]
 
 
 def _nobody_runs(condition: Callable[[], bool]) -> None:

@@ -90,6 +90,16 @@ _WARNS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "memtype_reserve": _both("memtype_reserve", 536, 601),
         "reserve_ram_pages_type": _both("memtype_reserve", 450, 515),
     },
+    "kernel/smp.c": {
+        "smp_call_function_single:irqs_disabled": _both("smp_call_function_single", 652, 760),
+        "smp_call_function_single": _both("smp_call_function_single", 661, 769),
+        "smp_call_function_many_cond": _both("smp_call_function_many_cond", 815, 923),
+    },
+    "arch/x86/mm/tlb.c": {
+        "leave_mm": _both("leave_mm", 316, 312),
+        "switch_mm_irqs_off": _both("switch_mm_irqs_off", 572, 563),
+        "clear_asid_other": _both("clear_asid_other", 197, 194),
+    },
     _IOMEM: {
         "memremap:mixed": _both("memremap", 78, 81),
         "memremap:ram": _both("memremap", 104, 107),

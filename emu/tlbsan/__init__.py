@@ -2,7 +2,10 @@
 
 from emu.tlbsan.finding import Counters, Fill, Finding, Flush, Kind, Store, Tracking
 from emu.tlbsan.report import lines
-from emu.tlbsan.sanitizer import TlbSan
+from emu.tlbsan.sanitizer import NOTHING_TRACKED, TlbSan
 from emu.tlbsan.scene import Scene, kernel_scene
 
-__all__ = ["Counters", "Fill", "Finding", "Flush", "Kind", "Scene", "Store", "TlbSan", "Tracking", "kernel_scene", "lines"]
+__all__ = [
+    "NOTHING_TRACKED", "Counters", "Fill", "Finding", "Flush", "Kind", "Scene", "Store", "TlbSan", "Tracking", "kernel_scene",
+    "lines",
+]

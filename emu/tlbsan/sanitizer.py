@@ -20,7 +20,7 @@ from emu.tlbsan.owners import address_owner, area_at, frame_owner, is_lazy
 from emu.tlbsan.scene import Scene
 
 GUEST_STORE = "a store of the program"
-_NO_TRACKING = Tracking()
+NOTHING_TRACKED = Tracking()
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class TlbSan:
     repeated run shall remember. `tables` tells whose frames are page tables, and when that changes.
     """
 
-    def __init__(self, kernel: Kernel, *, track: Tracking = _NO_TRACKING, time: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, kernel: Kernel, *, track: Tracking = NOTHING_TRACKED, time: Callable[[], int] = lambda: 0) -> None:
         self.kernel = kernel
         self.track = track
         self.time = time

@@ -44,7 +44,8 @@ def test_every_warning_that_the_model_gives_has_a_place_in_some_version() -> Non
     for path in EMU.glob("*.py"):
         keys |= set(re.findall(r'(?:report\.warn|warn_once|kernel\.warn)\(\s*"([\w:]+)"', path.read_text()))
     unknown = {key for key in keys if not any(find_site(version, key).line for version in ("6.12", "6.1"))}
-    assert unknown <= {"pcpu_alloc"}
+    # Before v5.13 only, whose lines are not known.
+    assert unknown <= {"pcpu_alloc", "smp_call_function_many:irqs_disabled"}
 
 
 def test_symbols_are_the_functions_that_the_sites_stand_in() -> None:
