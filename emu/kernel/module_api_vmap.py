@@ -9,6 +9,7 @@ import numpy as np
 from emu.kernel.guest_exports import MASK64, GuestExports, c_int, c_unsigned
 from emu.kernel.ioremap import Ioremap
 from emu.kernel.layout import PAGE_SIZE
+from emu.kernel.notifier import BlockingNotifierHead
 from emu.kernel.page_alloc import Pfns
 
 _MEMREMAP_WB, _MEMREMAP_WT, _MEMREMAP_WC = 1, 2, 4
@@ -27,6 +28,10 @@ class VmapExports:
         export("vm_map_ram", self._vm_map_ram, 3)
         export("vm_unmap_ram", lambda la, count: kernel.vmap_blocks.vm_unmap_ram(la, c_unsigned(count)), 2)
         export("vm_unmap_aliases", kernel.vmap_blocks.vm_unmap_aliases, 0, gpl=True)
+        self.purge_notifiers = BlockingNotifierHead(kernel, "vmap_notify_list")
+        export("register_vmap_purge_notifier", self.purge_notifiers.register, 1, gpl=True)
+        export("unregister_vmap_purge_notifier", self.purge_notifiers.unregister, 1, gpl=True)
+        kernel.vmalloc.space.notifiers.append(lambda: self.purge_notifiers.call(0))
         self._register_ioremap(kernel.ioremap)
 
     def _register_ioremap(self, io: Ioremap) -> None:

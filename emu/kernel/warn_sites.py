@@ -90,6 +90,7 @@ _WARNS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "memtype_reserve": _both("memtype_reserve", 536, 601),
         "reserve_ram_pages_type": _both("memtype_reserve", 450, 515),
     },
+    "kernel/notifier.c": {"notifier_chain_register": _both("notifier_chain_register", 31, 28)},
     "kernel/smp.c": {
         "smp_call_function_single:irqs_disabled": _both("smp_call_function_single", 652, 760),
         "smp_call_function_single": _both("smp_call_function_single", 661, 769),

@@ -48,6 +48,9 @@ void *vcalloc(size_t n, size_t size);
 void *__vmalloc_array(size_t n, size_t size, gfp_t gfp);
 void *__vcalloc(size_t n, size_t size, gfp_t gfp);
 void *vmalloc_huge(unsigned long size, gfp_t gfp);
+struct notifier_block;
+int register_vmap_purge_notifier(struct notifier_block *nb);
+int unregister_vmap_purge_notifier(struct notifier_block *nb);
 void *__vmalloc(unsigned long size, gfp_t gfp);
 void *__vmalloc_node(unsigned long size, unsigned long align, gfp_t gfp, int node, const void *caller);
 
