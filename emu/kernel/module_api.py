@@ -16,6 +16,7 @@ from emu.kernel.module_api_print import PrintExports
 from emu.kernel.module_api_slab import SlabExports
 from emu.kernel.module_api_vmalloc import VmallocExports
 from emu.kernel.module_api_vmap import VmapExports
+from emu.kernel.sync_boot import boot_sync
 
 
 class ModuleApi:
@@ -29,4 +30,5 @@ class ModuleApi:
         self.pages = PageExports(exports)
         self.slab = SlabExports(exports)
         self.printing = PrintExports(exports)
+        self.sync = boot_sync(kernel, exports, self.slab.kvfree)
         kernel.add_site_symbols()

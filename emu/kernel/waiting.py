@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from emu.kernel.kernel_cpu import KernelCpu
 from emu.kernel.layout import Layout
@@ -38,10 +38,10 @@ class Waiting(Protocol):
     def time(self) -> int:
         """Machine time in nanoseconds."""
 
-    def call_at(self, time: int, function: Callable[[], None], cpu: int) -> object:
+    def call_at(self, time: int, function: Callable[[], None], cpu: int) -> Any:
         """Call `function` in hard interrupt context of a CPU once time() has come to `time`; a handle."""
 
-    def cancel(self, timer: object) -> bool:
+    def cancel(self, timer: Any) -> bool:
         """Forget a call; false if it was made or forgotten before."""
 
 

@@ -96,6 +96,10 @@ _WARNS: dict[str, dict[str, tuple[_Place, _Place]]] = {
         "smp_call_function_single": _both("smp_call_function_single", 661, 769),
         "smp_call_function_many_cond": _both("smp_call_function_many_cond", 815, 923),
     },
+    "kernel/time/timer.c": {
+        "add_timer": _both("add_timer", 1294, 1242),
+        "add_timer_on": _both("add_timer_on", 1353, 1264),
+    },
     "arch/x86/mm/tlb.c": {
         "leave_mm": _both("leave_mm", 316, 312),
         "switch_mm_irqs_off": _both("switch_mm_irqs_off", 572, 563),

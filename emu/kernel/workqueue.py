@@ -24,7 +24,7 @@ WQ_MAX_ACTIVE = 512
 WQ_DFL_ACTIVE = WQ_MAX_ACTIVE // 2
 NR_CPUS = 8192
 WORK_CPU_UNBOUND = NR_CPUS
-_WORKQUEUE_STRUCT_SIZE = 512
+WORKQUEUE_STRUCT_SIZE = 512
 _GFP = int(GFP_KERNEL | Gfp.ZERO)
 # Bits of `data` above which a pool's number stands while an item is not queued.
 OFFQ_POOL_SHIFT = {"6.12": 21, "6.1": 5, "5.4": 5}
@@ -111,12 +111,15 @@ class Workqueues:
 
     def alloc(self, name: str, flags: int, max_active: int) -> int:
         """alloc_workqueue(): its address, 0 without memory. `max_active` 0 is the default."""
-        la = self.execution.host.slab.kmalloc(_WORKQUEUE_STRUCT_SIZE, _GFP)
+        la = self.execution.host.slab.kmalloc(WORKQUEUE_STRUCT_SIZE, _GFP)
         if not la:
             return 0
-        active = min(max(max_active or WQ_DFL_ACTIVE, 1), WQ_MAX_ACTIVE)
-        self._by_la[la] = Workqueue(name, la, flags, active)
+        self.add(la, name, flags, max_active)
         return la
+
+    def add(self, la: int, name: str, flags: int, max_active: int = 0) -> None:
+        """A workqueue whose structure is at `la` already."""
+        self._by_la[la] = Workqueue(name, la, flags, min(max(max_active or WQ_DFL_ACTIVE, 1), WQ_MAX_ACTIVE))
 
     def find(self, la: int) -> Workqueue | None:
         """The workqueue at an address. Of memory that holds none it reads what Linux reads: a PageFault, at its NULL in the end."""

@@ -25,4 +25,13 @@ long vmemu_set_mempolicy(int mode, unsigned long nodes);
 unsigned long vmemu_fork(int node);
 long vmemu_exit(unsigned long stack);
 
+/* A thread bound to a CPU: its handle, 0 on failure; what its function returned. */
+unsigned long vmemu_run_on(unsigned int cpu, unsigned long (*function)(unsigned long argument), unsigned long argument);
+unsigned long vmemu_join(unsigned long handle);
+long vmemu_send_nmi(unsigned int cpu);
+long vmemu_send_irq(unsigned int cpu, unsigned int vector);
+/* handler(vector, data) is called in hard interrupt context. -EINVAL: a vector that is taken. */
+long vmemu_request_irq(unsigned int vector, void (*handler)(unsigned long vector, void *data), void *data);
+int vmemu_in_interrupt(void);
+
 #endif
