@@ -28,7 +28,8 @@ LOOPS = {
     "short": ("a: inc rax; dec rcx; jnz a; hlt", 3),
     "stream": ("a: mov edx, ecx; and edx, 0x7fff; mov [rbp + rdx], al; add rax, [rbp + rdx]; dec rcx; jnz a; hlt", 6),
     "sieve": (
-        "a: mov edx, ecx; and edx, 0x7fff; cmp byte ptr [rbp + rdx], 0; jne b; mov byte ptr [rbp + rdx], 1; b: dec rcx; jnz a; hlt", 6,
+        "a: mov edx, ecx; and edx, 0x7fff; cmp byte ptr [rbp + rdx], 0; jne b; mov byte ptr [rbp + rdx], 1; b: dec rcx; jnz a; hlt",
+        6,
     ),
 }
 
