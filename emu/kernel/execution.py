@@ -7,7 +7,8 @@ Linux. Who waits, and in which order, is the model's own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from emu.kernel.preempt import PREEMPT_OFFSET, PreemptCount
 from emu.kernel.task import KernelThread
@@ -46,6 +47,16 @@ class Execution:
     def preempt(self) -> PreemptCount:
         """preempt_count of this CPU."""
         return self.host.preempt(self.host.cpus.current)
+
+    @contextmanager
+    def process_context(self) -> Iterator[None]:
+        """Make something that Linux made in process context at boot, and that is made here when it is first needed."""
+        count = self.preempt
+        before, count.count = count.count, 0
+        try:
+            yield
+        finally:
+            count.count = before
 
     def preempt_disable(self) -> None:
         """preempt_disable()."""
@@ -148,9 +159,11 @@ class Execution:
             self.waiting.yield_cpu()
             return
         thread.waiting_for = thread.waiting_for or f"wake_up_process, task 0x{tasks.of(thread).address:x}"
-        self.on_sleep(thread)
         try:
-            self.waiting.block()
+            self.on_sleep(thread)
+            # Whoever takes over may have had to wait, and the wake-up come meanwhile.
+            if tasks.state(thread) != TASK_RUNNING:
+                self.waiting.block()
         finally:
             thread.waiting_for = ""
             tasks.set_state(thread, TASK_RUNNING)

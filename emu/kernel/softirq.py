@@ -118,7 +118,8 @@ class Ksoftirqds:
     def wake(self, cpu: int) -> None:
         """wakeup_softirqd(). Without memory for the thread, the softirqs wait for the CPU's next interrupt."""
         if cpu not in self._tasks:
-            task = self.kthreads.create(self.entry, 0, f"ksoftirqd/{cpu}", cpu=cpu)
+            with self.execution.process_context():
+                task = self.kthreads.create(self.entry, 0, f"ksoftirqd/{cpu}", cpu=cpu)
             if self.kthreads.find(task) is None:
                 return
             self._tasks[cpu] = task

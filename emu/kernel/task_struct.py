@@ -124,7 +124,6 @@ class Tasks:
         """
         if not self.state(thread) & mode:
             return False
-        self.set_state(thread, TASK_RUNNING)
         self.wake(thread)
         return True
 
@@ -134,4 +133,5 @@ class Tasks:
         if thread.cpu not in task.allowed and thread is not self.waiting.current():
             thread.cpu = min(task.allowed)
             self._store32(task.address + CPU, thread.cpu)
+        self.set_state(thread, TASK_RUNNING)
         return self.waiting.wake(thread)

@@ -210,7 +210,8 @@ class Workqueues:
 
     def _create_worker(self, pool: Pool) -> None:
         worker = Worker(pool, len(pool.workers))
-        task = self.kthreads.create(self.entry, 0, pool.comm(worker.number), cpu=pool.cpu)
+        with self.execution.process_context():
+            task = self.kthreads.create(self.entry, 0, pool.comm(worker.number), cpu=pool.cpu)
         made = self.execution.tasks.find(task)
         if made is None:
             # No memory: the items wait for the next one that is queued, or for a worker that has time.

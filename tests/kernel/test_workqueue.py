@@ -252,3 +252,45 @@ def test_flush_delayed_work_does_not_wait_for_the_timer():
     kernel.start(main)
     kernel.run()
     assert len(seen) == 1 and seen[0] < 10 * TICK_NSEC
+
+
+def test_a_worker_that_an_interrupt_needs_is_made_as_in_process_context():
+    kernel, sync = synced(1)
+    contexts = []
+    create = kernel.create_thread
+
+    def recorded(*arguments, **named):
+        contexts.append(kernel.preempt(0).count)
+        return create(*arguments, **named)
+
+    kernel.create_thread = recorded
+    kernel.on_irq[0x50] = lambda: sync.workqueues.schedule_work(lambda: contexts.append("worked"))
+    kernel.send_ipi(0, 0x50)
+    kernel.run()
+    assert contexts == [0, "worked"]
+
+
+def test_a_wake_up_while_the_next_worker_is_made_is_not_lost():
+    kernel, sync = synced(1)
+    create, seen = kernel.create_thread, []
+    sync.completions.init(WORK + 0x100)
+
+    def slow(*arguments, **named):
+        if seen:
+            # Making a thread waits for a lock, and meanwhile the completion comes.
+            sync.completions.complete(WORK + 0x100)
+        return create(*arguments, **named)
+
+    kernel.create_thread = slow
+
+    def first(la: int) -> None:
+        seen.append("waits")
+        sync.completions.wait(WORK + 0x100)
+        seen.append("goes on")
+
+    work_at(sync, WORK, kernel.function(first))
+    work_at(sync, WORK + 64, kernel.function(lambda la: None))
+    queue = sync.workqueues.find(sync.workqueues.alloc("test", 0, 0))
+    kernel.start(lambda: [sync.workqueues.queue_work_on(0, queue, la) for la in (WORK, WORK + 64)])
+    kernel.run()
+    assert seen == ["waits", "goes on"]
