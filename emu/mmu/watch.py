@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from emu.memory import BusError
 from emu.mmu.entry import PAGE_MASK, PHYSICAL_MASK, RIGHTS, RW, XD, Level, P, page_size
@@ -28,8 +28,7 @@ _FEW = 256
 _MATTERS = frozenset({"P", "RSVD", "size", "frame", "US", "PKEY"})
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Key:
+class Key(NamedTuple):
     """A cached entry's identity on its CPU: a table's or a page's, PCID (-1: global), level, and the first address it serves."""
 
     table: bool
@@ -43,8 +42,7 @@ class Key:
         return page_size(self.level)
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """An entry that a change of memory left stale: how it differs now, and as what it was known stale before (empty: fresh)."""
 
     key: Key
@@ -106,7 +104,8 @@ class Watch:
     def recheck(self, start: int, end: int, *, gone: bool = False) -> list[Mark]:
         """Compare all that is cached for [start, end) with memory; return what is stale in a way it was not before.
 
-        `gone` asserts that no 4 KiB leaf is left there: entries for kernel addresses need no walk then.
+        `gone` asserts that leaves were cleared, tables kept, and no 4 KiB leaf is left there: entries for kernel addresses need
+        no walk then.
         """
         marks: list[Mark] = []
         if start >= end:
@@ -144,7 +143,8 @@ class Watch:
                         differs = self._page_differs(Cached(la, Level(level), context.pcid, (packed | P) ^ XD))
                     pages[number] = packed & ~P if differs else packed | P
                     self._note(key, known, differs, marks)
-        for level in TABLE_LEVELS:
+        # Clearing leaves changes nothing that the structure caches hold.
+        for level in () if gone else TABLE_LEVELS:
             tables = context.tables[level]
             if tables:
                 for number in _within(tables, level, start, end):

@@ -18,9 +18,11 @@ from emu.tlbsan.finding import Counters, Fill, Finding, Flush, Kind, Store, Trac
 from emu.tlbsan.flushes import Flushes, Invalidation
 from emu.tlbsan.owners import address_owner, area_at, frame_owner, is_lazy
 from emu.tlbsan.scene import Scene
+from emu.trace import Event, FlushIssued, TlbFlushed
 
 GUEST_STORE = "a store of the program"
 NOTHING_TRACKED = Tracking()
+_FEW = 1024
 
 
 @dataclass(slots=True)
@@ -28,9 +30,11 @@ class _Cpu:
     mmu: Mmu
     watch: Watch
     describe: Callable[[], Scene]
+    describe_store: Callable[[], Scene]
     # The stores since each watched entry was last fresh, with how it then differed.
     stores: dict[Key, list[tuple[Store, tuple[str, ...]]]]
     fills: dict[int, Fill]
+    limit: int = _FEW
 
 
 class TlbSan:
@@ -55,15 +59,21 @@ class TlbSan:
         self._seen: set[tuple[int, int, int]] = set()
         kernel.pages.table_changes.tell = self.on_change
 
-    def attach(self, mmu: Mmu, cpu: int, describe: Callable[[], Scene]) -> None:
-        """Watch a CPU; `describe` is called in the middle of its accesses, and of stores of the model that it runs."""
+    def attach(
+        self, mmu: Mmu, cpu: int, describe: Callable[[], Scene], describe_store: Callable[[], Scene] | None = None
+    ) -> None:
+        """Watch a CPU; `describe` is called in the middle of its accesses.
+
+        `describe_store` (or else `describe`) is called where it runs a store that leaves entries stale, which is far more often;
+        the size of the access does not matter then.
+        """
         tracked = [page for number, page in self.track.fills if number == cpu]
         watch = Watch(mmu, self.tables, lambda use: self._used(cpu, use), tracked)
         watch.on_fill = lambda la, level: self._filled(cpu, la)
         watch.on_root = lambda pcid, before, marks: self._root_changed(cpu, marks)
         watch.on_invalidate = lambda pcid, la, shared: self._invalidated(cpu, pcid, la, shared)
         watch.on_store = lambda frame, before, after: self.tables_written(cpu, frame, before, after, "a store of the kernel")
-        self._cpus[cpu] = _Cpu(mmu, watch, describe, {}, {})
+        self._cpus[cpu] = _Cpu(mmu, watch, describe, describe_store or describe, {}, {})
         mmu.watch = watch
 
     # ---------------------------------------------------------------- what makes entries stale
@@ -100,7 +110,7 @@ class TlbSan:
         kernel = self.kernel
         kernel.pages.epoch = self._stores
         one = self._cpus.get(cpu)
-        scene = one.describe() if one is not None else Scene(0)
+        scene = one.describe_store() if one is not None else Scene(0)
         by_guest = function == GUEST_STORE
         where = scene.rip if by_guest else scene.caller
         return Store(
@@ -116,12 +126,18 @@ class TlbSan:
                 cpu.stores.setdefault(mark.key, []).append((store, mark.differs))
             else:
                 cpu.stores[mark.key] = [(store, mark.differs)]
-        if len(cpu.stores) > 1024:
-            held = set(cpu.watch.watched)
-            if len(held) < len(cpu.stores) // 2:
-                cpu.stores = {key: stores for key, stores in cpu.stores.items() if key in held}
+        if len(cpu.stores) > cpu.limit:
+            cpu.stores = {key: stores for key, stores in cpu.stores.items() if cpu.watch.holds(key)}
+            cpu.limit = 2 * len(cpu.stores) + _FEW
 
     # ---------------------------------------------------------------- what removes them
+
+    def note(self, event: Event) -> None:
+        """An event of the machine's trace: flushes are remembered."""
+        if isinstance(event, FlushIssued):
+            self.flush_issued(event.flush, event.cpu, event.start, event.end, event.cause, event.cpus)
+        elif isinstance(event, TlbFlushed):
+            self.flushed(event.flush, event.cpu)
 
     def flush_issued(self, number: int, cpu: int, start: int, end: int, cause: str, cpus: tuple[int, ...]) -> None:
         """Kernel code on `cpu` asked the CPUs `cpus` to flush [start, end); everything when it spans 2^64."""

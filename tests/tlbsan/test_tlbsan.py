@@ -25,7 +25,7 @@ from emu.mmu.fault import Access, PageFault
 from emu.mmu.mmu import Mmu
 from emu.mmu.registers import CR3_NO_INVALIDATE, Cr4
 from emu.tlbsan import Finding, Kind, Scene, TlbSan, Tracking, kernel_scene, lines
-from emu.trace import TlbFlushed
+from emu.trace import FlushIssued, TlbFlushed
 
 PAGE = 4096
 PMD = 2 * MIB
@@ -69,7 +69,7 @@ class Cpus:
             return
         self.flushes += 1
         sent = tuple(number for number in range(len(self.mmus)) if number not in self.skipped)
-        self.san.flush_issued(self.flushes, 0, start, end, "test", sent)
+        self.san.note(FlushIssued(self.flushes, 0, start, end, "test", sent))
         for number in sent:
             mmu = self.mmus[number]
             if end - start > CEILING * PAGE:
@@ -78,7 +78,7 @@ class Cpus:
             else:
                 for la in range(start, end, PAGE):
                     mmu.invlpg(la)
-            self.san.flushed(self.flushes, number)
+            self.san.note(TlbFlushed(number, start, end, self.flushes))
 
     def read(self, cpu: int, la: int) -> int:
         return self.mmus[cpu].translate(la, Access.READ)
@@ -464,14 +464,8 @@ def guest_run(path: Path, track: Tracking = NO_TRACKING) -> TlbSan:
         reg = cpu.engine.reg if cpu.engine._running else cpu.reg
         return kernel_scene(kernel, 0, cpu.mmu, reg, 8)
 
-    def sink(event: object) -> None:
-        if isinstance(event, TlbFlushed):
-            number = machine.statistics.flushes + machine.statistics.full_flushes
-            san.flush_issued(number, 0, event.start, event.end, "", (0,))
-            san.flushed(number, 0)
-
     san.attach(cpu.mmu, 0, describe)
-    machine.sink = sink
+    machine.sink = san.note
     machine.run(load(str(path)))
     return san
 
