@@ -73,7 +73,6 @@ class SlabExports:
             export("kvrealloc", lambda la, size, gfp: self._kvrealloc(la, size, c_unsigned(gfp)), 3, noprof=True)
         export("kvfree", self.kvfree, 1)
         export("kvfree_sensitive", self._kvfree_sensitive, 2)
-        export("kvfree_call_rcu", self._kvfree_call_rcu, 2)
         export("kvmemdup", lambda la, size, gfp: self._copy(self.kvmalloc_node(size, c_unsigned(gfp)), la, size), 3)
         export("vmemdup_user", self._vmemdup_user, 2)
 
@@ -159,15 +158,6 @@ class SlabExports:
         if la not in (0, ZERO_SIZE_PTR):
             self._wipe(la, size)
             self.kvfree(la)
-
-    def _kvfree_call_rcu(self, head: int, la: int) -> None:
-        """The end of kvfree_rcu_mightsleep(): nobody else runs, so the grace period is over when this call is."""
-        free = self.exports.guarded(self.kvfree)
-
-        def after_grace_period() -> None:
-            free(la)
-
-        self.kernel.schedule_work(after_grace_period)
 
     def _vmemdup_user(self, source: int, size: int) -> int:
         la = self.kvmalloc_node(size, _GFP_USER)

@@ -158,6 +158,7 @@ class WorkExports:
         export("call_rcu_hurry", call_rcu, 2, gpl=True)
         for name in ("synchronize_rcu", "synchronize_rcu_expedited"):
             export(name, rcu.synchronize_rcu, 0, gpl=True)
+        export("kvfree_call_rcu", self._kvfree_call_rcu, 2, gpl=True)
         export("rcu_barrier", rcu.rcu_barrier, 0, gpl=True)
         export("get_state_synchronize_rcu", rcu.get_state, 0, gpl=True)
         export("start_poll_synchronize_rcu", rcu.start_poll, 0, gpl=True)
@@ -171,7 +172,7 @@ class WorkExports:
         execution.store64(head + RCU_FUNC, 0)
         execution.waiting.call_guest(function, head, site="rcu_do_batch")
 
-    def kvfree_call_rcu(self, head: int, pointer: int) -> None:
+    def _kvfree_call_rcu(self, head: int, pointer: int) -> None:
         """kvfree_rcu(): free after a grace period, in a worker. Up to v6.1 `pointer` is the head's offset, if there is a head."""
         if head and pointer < 1 << 12:
             pointer = head - pointer & MASK64
