@@ -18,7 +18,7 @@ from emu.kernel.kernel_text import KernelText
 from emu.kernel.sched import LOCAL_TIMER_VECTOR, Park, Scheduler
 from emu.memory import BusError
 from emu.mmu.fault import NonCanonical, PageFault
-from emu.turns import NMI, Policy
+from emu.turns import NMI, NOBODY, Policy
 
 
 class Final(Enum):
@@ -60,7 +60,7 @@ class Hub:
         self.text = text
         self.model = model
         self.policy = policy
-        self._last = len(cpus) - 1
+        self._last = NOBODY
         self._paused = False
         self._start = [0] * len(cpus)
         sched.clock = self.total
@@ -88,7 +88,7 @@ class Hub:
         """Count the CPUs' instructions from here; the next turn is CPU 0's."""
         self._start = [0] * len(self.cpus)
         self._start = [self.executed(cpu.id) for cpu in self.cpus]
-        self._last = len(self.cpus) - 1
+        self._last = NOBODY
         self._paused = False
 
     # ---- the loop

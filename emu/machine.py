@@ -385,6 +385,10 @@ class Machine:
         cannot be loaded, MemoryError when RAM is too small for its thread.
         """
         _, linked = self.load(program)
+        return self.run_loaded(program, linked, timeout=timeout)
+
+    def run_loaded(self, program: Program, linked: Linked, *, timeout: float | None = None) -> Outcome:
+        """`run`, for a program that `load` has loaded. Raises WatchdogExpired, MemoryError."""
         ended, returned = self.call(linked.entry, comm=comm_of(_module_name(program.path)), timeout=timeout)
         return self._outcome(ended, returned, linked)
 

@@ -21,6 +21,8 @@ DEFAULT_QUANTUM = 100_000
 # A spinning CPU must not keep the one it waits for from running, whatever a schedule says.
 FAIR = 100_000
 NMI = 2
+# The CPU of the last turn before the first one.
+NOBODY = -1
 _STEP = re.compile(r"(\d+)@(\d+)(?:>(\d+)|!(nmi|0x[0-9a-f]+|\d+))")
 
 
@@ -40,7 +42,7 @@ class Turn:
 
 
 class Policy(Protocol):
-    """Decides turns. `ready` ascends and is not empty; `last` is the CPU of the last turn, `paused` if it ended by PAUSE."""
+    """Decides turns. `ready` ascends and is not empty; `last` is the CPU of the last turn or NOBODY, `paused`: it ended by PAUSE."""
 
     def turn(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> Turn:
         """The next turn."""
@@ -138,38 +140,67 @@ def format_schedule(steps: Sequence[Step]) -> str:
     return ",".join(str(step) for step in steps)
 
 
-class Scheduled:
-    """The turns of a schedule: each step once, when its CPU reaches its count; steps of one CPU in the order given."""
+class Plain:
+    """The same CPU goes on until it has nothing to do, pauses, or has run FAIR instructions while another one could."""
+
+    def __init__(self) -> None:
+        self._since = 0
+
+    def turn(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> Turn:
+        """The CPU that goes on, until it has run long enough."""
+        cpu = self.choose(ready, last, paused, clock)
+        budget = FAIR - (clock.executed(cpu) - self._since)
+        return Turn(cpu, self.bound(cpu, max(1, budget), clock))
+
+    def choose(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> int:
+        """The next CPU: the last one if it may go on, unless `preempted` says otherwise."""
+        cpu = last
+        if last not in ready or paused or clock.executed(last) - self._since >= FAIR:
+            cpu = after(ready, last)
+        while (to := self.preempted(cpu, ready, clock)) is not None:
+            cpu = to
+        if cpu != last or clock.executed(cpu) - self._since >= FAIR:
+            self._since = clock.executed(cpu)
+        return cpu
+
+    def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
+        """Which ready CPU takes the turn of `cpu` now; None for none."""
+        return None
+
+    def bound(self, cpu: int, budget: int, clock: Clock) -> int:
+        """The instructions of the turn, of `budget` at most."""
+        return budget
+
+    def due(self, cpu: int, executed: int) -> Sequence[int]:
+        """Nothing arrives from outside."""
+        return ()
+
+
+class Scheduled(Plain):
+    """The turns of a schedule: each step once, when its CPU's turn comes at its count; steps of one CPU in the order given.
+
+    A preemption in favour of a CPU that has nothing to do is none.
+    """
 
     def __init__(self, steps: Sequence[Step]) -> None:
+        super().__init__()
         self._waiting: dict[int, list[Step]] = {}
         for step in steps:
             self._waiting.setdefault(step.cpu, []).append(step)
-        self._ran = 0
 
-    def turn(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> Turn:
-        """The last CPU goes on, unless a step says otherwise, it cannot, or it has run long enough."""
-        cpu = last if last in ready and not paused else after(ready, last)
-        to = self._preempted(last, clock.executed(last))
-        if to is not None and to in ready:
-            cpu = to
-        elif cpu == last and self._ran >= FAIR:
-            cpu = after(ready, last)
-        if cpu != last:
-            self._ran = 0
-        budget = FAIR
+    def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
+        """What the steps say whose time has come."""
         waiting = self._waiting.get(cpu)
-        if waiting:
-            budget = min(budget, max(1, waiting[0].at - clock.executed(cpu)))
-        self._ran += budget
-        return Turn(cpu, budget)
-
-    def _preempted(self, cpu: int, executed: int) -> int | None:
-        waiting = self._waiting.get(cpu)
-        to = None
-        while waiting and waiting[0].at <= executed and waiting[0].to is not None:
+        while waiting and waiting[0].at <= clock.executed(cpu) and waiting[0].to is not None:
             to = waiting.pop(0).to
-        return to
+            if to in ready and to != cpu:
+                return to
+        return None
+
+    def bound(self, cpu: int, budget: int, clock: Clock) -> int:
+        """Up to the CPU's next step."""
+        waiting = self._waiting.get(cpu)
+        return min(budget, max(1, waiting[0].at - clock.executed(cpu))) if waiting else budget
 
     def due(self, cpu: int, executed: int) -> Sequence[int]:
         """The injections whose time has come."""

@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["emu.cli", "emu.__main__"],
     ["emu.report", "emu.progress"],
-    ["emu.run"],
+    ["emu.run", "emu.explore"],
     ["emu.machine"],
     ["emu.tlbsan"],
-    ["emu.hub", "emu.turns"],
+    ["emu.hub", "emu.turns", "emu.visible"],
     [
         "emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions",
         "emu.cpuid", "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter",
