@@ -118,6 +118,40 @@ def test_threads_go_to_the_cpu_with_the_fewest_of_them():
     assert where == [1, 2, 0, 1]
 
 
+def test_of_cpus_with_equally_many_threads_the_next_one_is_taken():
+    kernel, run, made = kthreads(3)
+    kernel.cpus.current = 1
+    assert run.tasks.find(made.create(0, 0, "t")).thread.cpu == 2
+
+
+def test_kthread_stop_ends_a_thread_that_is_parked():
+    kernel, _, made = kthreads()
+    results = []
+
+    def body(argument: int) -> int:
+        while not made.should_stop():
+            made.parkme()
+            kernel.pause()
+        return 9
+
+    def main() -> None:
+        task = made.create(kernel.function(body), 0, "parker")
+        made.wake_up_process(task)
+        made.park(task)
+        results.append(made.stop(task))
+
+    kernel.start(main)
+    kernel.run()
+    assert results == [9]
+
+
+def test_state_stands_behind_the_24_bytes_of_thread_info():
+    _, run, _ = kthreads(1)
+    task = run.tasks.current()
+    run.tasks.set_state(task.thread, TASK_INTERRUPTIBLE)
+    assert run.load32(task.address + 24) == TASK_INTERRUPTIBLE
+
+
 def test_kthread_bind_says_where_a_thread_begins():
     kernel, _, made = kthreads(3)
     where = []

@@ -49,6 +49,26 @@ def test_spinlock_waiters_are_served_in_the_order_in_which_they_came():
     assert run.load32(LOCK) == 0
 
 
+def test_a_later_waiter_on_a_lower_cpu_does_not_overtake():
+    kernel, run = execution(3)
+    locks = Spinlocks(run)
+    order = []
+
+    def take(delay: int) -> None:
+        for _ in range(delay):
+            kernel.pause()
+        locks.lock(LOCK)
+        order.append(kernel.cpus.current)
+        for _ in range(5):
+            kernel.pause()
+        locks.unlock(LOCK)
+
+    for cpu, delay in ((2, 0), (1, 1), (0, 2)):
+        kernel.start(lambda delay=delay: take(delay), cpu)
+    kernel.run()
+    assert order == [2, 1, 0]
+
+
 def test_the_second_waiter_of_a_spinlock_stands_in_its_tail():
     kernel, run = execution(3)
     locks = Spinlocks(run)
@@ -169,12 +189,29 @@ def test_readers_share_an_rwlock_and_a_writer_waits_for_the_last():
 
 
 def test_a_reader_in_an_interrupt_passes_a_writer_that_waits():
-    kernel, run = execution()
+    kernel, run = execution(2)
     locks = Rwlocks(run)
-    run.store32(LOCK, QR_BIAS | QW_WAITING)
-    kernel.preempt(0).hardirq = 1
-    locks.read_acquire(LOCK)
-    assert run.load32(LOCK) == 2 * QR_BIAS | QW_WAITING
+    order = []
+
+    def interrupt() -> None:
+        locks.read_acquire(LOCK)
+        order.append("interrupt")
+        locks.read_release(LOCK)
+
+    def read() -> None:
+        locks.read_acquire(LOCK)
+        kernel.pause()
+        kernel.pause()
+        kernel.send_ipi(0, 0x50)
+        kernel.pause()
+        kernel.pause()
+        locks.read_release(LOCK)
+
+    kernel.on_irq[0x50] = interrupt
+    kernel.start(read, 0)
+    kernel.start(lambda: (locks.write_acquire(LOCK), order.append("writer")), 1)
+    kernel.run()
+    assert order == ["interrupt", "writer"]
 
 
 def test_a_mutex_word_is_its_owners_task_struct_and_the_flag_of_its_waiters():

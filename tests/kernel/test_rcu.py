@@ -112,6 +112,24 @@ def test_preemption_off_is_a_reader_too():
     assert events == ["enabled", "synchronized"]
 
 
+def test_a_tick_in_a_read_side_section_is_not_quiescent():
+    kernel, sync = synced(2)
+    events = []
+
+    def read() -> None:
+        sync.rcu.read_lock()
+        for _ in range(100):
+            kernel.now += 100_000
+            kernel.pause()
+        events.append("left")
+        sync.rcu.read_unlock()
+
+    kernel.start(read, 1)
+    kernel.start(lambda: (kernel.pause(), sync.rcu.synchronize_rcu(), events.append("synchronized")), 0)
+    kernel.run()
+    assert events == ["left", "synchronized"]
+
+
 def test_callbacks_run_in_softirq_context_in_the_order_of_their_queueing():
     kernel, sync = synced(1)
     seen = []

@@ -81,7 +81,7 @@ def test_items_of_an_ordered_queue_run_one_after_the_other():
         events.append(("end", la))
 
     items = [work_at(sync, WORK + 64 * n, kernel.function(body)) for n in range(3)]
-    queue = sync.workqueues.find(sync.workqueues.alloc("ordered", WQ_UNBOUND | WQ_ORDERED, 1))
+    queue = sync.workqueues.find(sync.workqueues.alloc("ordered", WQ_UNBOUND | WQ_ORDERED, 0))
 
     def main() -> None:
         for la in items:
@@ -185,11 +185,12 @@ def test_idle_workers_take_the_next_item():
         queue = sync.workqueues.find(sync.workqueues.alloc("test", 0, 0))
         for _ in range(3):
             sync.workqueues.queue_work_on(0, queue, WORK)
-            sync.workqueues.flush_work(WORK)
+            sync.timers.msleep(4)
 
     kernel.start(main)
     kernel.run()
     assert seen == ["kworker/0:0"] * 3
+    assert len(sync.workqueues.pools[0].workers) == 1
 
 
 def test_the_models_own_work_runs_in_process_context():
@@ -231,6 +232,7 @@ def test_a_cancelled_delayed_work_can_be_queued_again():
     def main() -> None:
         sync.delayed_works.queue_on(0, queue, WORK, 10)
         assert sync.delayed_works.cancel_sync(WORK) and not sync.delayed_works.cancel_sync(WORK)
+        assert not sync.timers.pending(WORK + 32)
         assert not sync.delayed_works.mod_on(0, queue, WORK, 5)
         assert sync.delayed_works.mod_on(0, queue, WORK, 6)
 
