@@ -49,6 +49,7 @@ from emu.memory import PAGE_SIZE, BusError, Memory, MmioRegion
 from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.mmu import Mmu
 from emu.mmu.registers import Cr0, Cr4
+from emu.mmu.table_frames import TableFrames
 from emu.operands import fetch_boundary
 from emu.privileged_opcodes import MAX_LENGTH, PORTS
 from emu.rflags import Rflags
@@ -102,6 +103,10 @@ class Engine(CodeReader):
         # The frame of code that an instruction was stopped at storing to, and those that it may store to now.
         self._store_alone: int | None = None
         self._storable: set[int] = set()
+        # Stores to frames of page tables are told: frame, its bytes before and after; here, what they were before those under way.
+        self.tables: TableFrames | None = None
+        self.on_table_store: Callable[[int, bytes, bytes], None] = lambda frame, before, after: None
+        self._table_stores: dict[int, bytes] = {}
         self._refused: Block | None = None
         self._behind_pause = 0
         # Whether PAUSE ends a run. It must be set before any code is translated.
@@ -128,6 +133,11 @@ class Engine(CodeReader):
     def _fail(self, error: Exception) -> None:
         """An error in a callback: the run raises it."""
         self._callback_error = error
+
+    @property
+    def running(self) -> bool:
+        """Inside a run: registers are the engine's, not those of the last stop."""
+        return self._running
 
     def close(self) -> None:
         """Let go of the memory: other engines' stores no longer concern this one, which must not run again."""
@@ -221,17 +231,20 @@ class Engine(CodeReader):
                 return reason
 
     def _begin_store(self, frame: int) -> tuple[int, int]:
-        """Where an instruction that stores to a frame of code begins and ends: it is to be executed as a block of its own.
+        """Where an instruction that stores to a frame of code or of page tables begins and ends: it will be a block of its own.
 
         Only the first store to a page is seen by Unicorn, which drops the translations that this one store changes, and begins the
         block that runs again if it is among them. So all of the frame's are dropped, and none is running.
         """
-        for page in self._code.scanned.get(frame, ()):
-            if self._code.executed.get(page) == frame and self._may_look_up(page):
-                self.uc.ctl_remove_cache(page, page + PAGE_SIZE)
-                break
-        else:
-            self.uc.ctl_flush_tb()
+        if self.tables is not None and self.tables.is_table_frame(frame):
+            self._table_stores[frame] = self.memory.read(frame << 12, PAGE_SIZE)
+        if frame in self.memory.code_frames:
+            for page in self._code.scanned.get(frame, ()):
+                if self._code.executed.get(page) == frame and self._may_look_up(page):
+                    self.uc.ctl_remove_cache(page, page + PAGE_SIZE)
+                    break
+            else:
+                self.uc.ctl_flush_tb()
         if self.counter is not None:
             self.counter.give_back()
         rip = self.reg("rip")
@@ -252,6 +265,8 @@ class Engine(CodeReader):
         status = self._emu_start(self._handle, rip, 0, 0, count)
         if self._store_alone is None:
             self._storable.clear()
+            if self._table_stores:
+                self._tell_table_stores()
         if until is not None:
             self._cut(rip, until, end=False)
         error = self._callback_error or self.uc._hook_exception
@@ -266,6 +281,13 @@ class Engine(CodeReader):
         if reason is StopReason.PAUSE:
             self.set_reg("rip", self._behind_pause)
         return reason
+
+    def _tell_table_stores(self) -> None:
+        """The instruction that stores to page tables is done: take back its right to, and tell what it changed."""
+        self._flush_soft_tlb()
+        stores, self._table_stores = self._table_stores, {}
+        for frame, before in stores.items():
+            self.on_table_store(frame, before, self.memory.read(frame << 12, PAGE_SIZE))
 
     def _cut(self, rip: int, until: int, *, end: bool) -> None:
         """Let the block at `rip` end before `until`, or at its natural end again."""
@@ -407,7 +429,9 @@ class Engine(CodeReader):
                 fetched[la] = frame << 12
                 grant &= ~_WRITE_GRANT
             elif grant & _WRITE_GRANT:
-                if frame not in code_frames:
+                tables = self.tables
+                is_table = tables is not None and frame in tables.frames and tables.is_table_frame(frame)
+                if frame not in code_frames and not is_table:
                     written.add(frame)
                 elif access == 17:
                     if frame not in storable:
@@ -415,9 +439,10 @@ class Engine(CodeReader):
                         self._store_alone = frame
                         self.fault_access = Access.WRITE
                         return False
-                    if blocks is not None:
-                        blocks.forget()
-                    code.begin_write(frame)
+                    if frame in code_frames:
+                        if blocks is not None:
+                            blocks.forget()
+                        code.begin_write(frame)
                 else:
                     grant &= ~_WRITE_GRANT
             entry.paddr = grant & _PAGE_MASK  # type: ignore[attr-defined]

@@ -231,7 +231,8 @@ class Machine:
         if self.tlbsan is not None:
             self.tlbsan.on_finding = lambda finding: kernel.print_lines(lines(finding))
             for cpu in self.cpus:
-                self.tlbsan.attach(cpu.mmu, cpu.id, partial(self._scene, cpu))
+                self._sanitize(self.tlbsan, cpu)
+            self.tlbsan.tables.on_new = self.memory.no_stores_unseen
         self._thread: KernelThread | None = None
         self._returned: int | None = None
         self._registers: dict[str, int] = {}
@@ -246,12 +247,18 @@ class Machine:
             return Scheduled(parse_schedule(self.config.schedule, self.config.cpus))
         return Alone() if self.config.cpus == 1 else RoundRobin(self.config.quantum)
 
-    def _scene(self, cpu: Cpu) -> Scene:
-        """Who makes the access under way on a CPU, for a report of TLBSan."""
-        found = cpu.memory_accesses(cpu.reg("rip"))
-        return kernel_scene(
-            self.kernel, cpu.id, cpu.mmu, cpu.reg, found[0].size if found else 0, self.hub.executed(cpu.id)
-        )
+    def _sanitize(self, tlbsan: TlbSan, cpu: Cpu) -> None:
+        """Let TLBSan see a CPU's translations, and its stores to page tables."""
+        tlbsan.attach(cpu.mmu, cpu.id, partial(self._scene, cpu, True), partial(self._scene, cpu, False))
+        cpu.engine.tables = tlbsan.tables
+        cpu.engine.on_table_store = partial(tlbsan.tables_written, cpu.id)
+
+    def _scene(self, cpu: Cpu, sized: bool) -> Scene:
+        """Who makes the access under way on a CPU, for TLBSan; `sized`: with its size, which takes decoding."""
+        reg = cpu.engine.reg if cpu.engine.running else cpu.reg
+        found = cpu.memory_accesses(reg("rip")) if sized else ()
+        size = found[0].size if found else 0
+        return kernel_scene(self.kernel, cpu.id, cpu.mmu, reg, size, self.hub.executed(cpu.id))
 
     def _start_cpu(self, cpu: Cpu) -> None:
         """Bring a CPU to where Linux has brought it when it runs its first thread."""

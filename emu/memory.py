@@ -103,6 +103,11 @@ class Memory:
         self.code_frames: set[int] = set()
         self.code_listeners: list[CodeListener] = []
 
+    def no_stores_unseen(self, frame: int) -> None:
+        """From now on stores to a frame must be seen: the CPUs' caches of rights lose what they have of it."""
+        for listener in self.code_listeners:
+            listener.code_fetched(frame)
+
     def node_of(self, pa: int) -> int:
         """NUMA node of a physical address."""
         for node in self.nodes:

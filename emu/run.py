@@ -17,6 +17,7 @@ from emu.machine import (
     Statistics,
     WatchdogExpired,
 )
+from emu.tlbsan import NOTHING_TRACKED, Tracking
 from emu.trace import Event, Sink, discard
 
 # A bound so low that counting costs less than a second attempt might.
@@ -89,10 +90,16 @@ def run_to_end(program: Program, overrides: MachineOptions, *, keep_events: bool
 def _attempt(
     program: Program, config: MachineConfig, limit: int, counted: int | None, timeout: float | None, keep_events: bool
 ) -> tuple[RunResult, Machine]:
-    events: list[Event] = []
-    sink: Sink = events.append if keep_events else discard
-    machine = Machine(config, limit=counted, sink=sink)
-    outcome = machine.run(program, timeout=timeout)
+    track = NOTHING_TRACKED
+    while True:
+        events: list[Event] = []
+        sink: Sink = events.append if keep_events else discard
+        machine = Machine(config, limit=counted, sink=sink, track=track)
+        outcome = machine.run(program, timeout=timeout)
+        if machine.tlbsan is None or not machine.tlbsan.findings or track is not NOTHING_TRACKED:
+            break
+        # The same run once more, to remember what its reports lack: remembering it always would slow down every fill.
+        track = Tracking.of(machine.tlbsan.findings)
     failures = tuple(judge(program.directives.expectations, outcome))
     places = tuple(machine.place_of(fault.address) for fault in outcome.faults if fault.address is not None)
     result = RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, tuple(events))

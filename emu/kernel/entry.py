@@ -81,7 +81,7 @@ class ExceptionEntry:
         else:
             activation.entry_regs = {regs_la: regs}
         address = cpu.reg("cr2")
-        source = self._source(cpu)
+        source = self.oops_source(cpu)
         if vector == traps.Trap.PF:
             return self._page_fault(cpu, source, regs, error, address, frame_la)
         if vector not in traps.HANDLED:
@@ -187,7 +187,7 @@ class ExceptionEntry:
         """Print the splat of a WARN in kernel code that the model executes: the registers are those of the call that led there."""
         regs = self._regs_at(cpu, site)
         entry = traps.BugEntry(site.file, site.line, True, False, message)
-        report = traps.report(self._source(cpu), self.kernel.oops_state, traps.Warn(entry, regs.ip), regs)
+        report = traps.report(self.oops_source(cpu), self.kernel.oops_state, traps.Warn(entry, regs.ip), regs)
         self.kernel.print_lines(report.lines)
 
     def report_bug(self, cpu: KernelCpu, site: Site) -> Ending:
@@ -195,7 +195,7 @@ class ExceptionEntry:
         regs = self._regs_at(cpu, site)
         context = DieContext(irqs_disabled=not regs.flags & X86_EFLAGS_IF)
         action = traps.Die("invalid opcode", 0, context, bug=traps.BugEntry(site.file, site.line))
-        report = traps.report(self._source(cpu), self.kernel.oops_state, action, regs)
+        report = traps.report(self.oops_source(cpu), self.kernel.oops_state, action, regs)
         self.kernel.print_lines(report.lines)
         return self._end(report)
 
@@ -203,11 +203,11 @@ class ExceptionEntry:
         """warn_alloc's message (v6.12 mm/page_alloc.c): who asked for what, and the stack. Memory statistics are not modelled."""
         comm = self.kernel.current_thread(cpu).comm
         mode = f"mode:{gfp:#x}({gfp_text(gfp)}), nodemask=(null),cpuset=/,mems_allowed={self.kernel.mems_allowed}"
-        self.kernel.print_lines((f"{comm}: {text}, {mode}", *dump_stack(self._source(cpu), self.kernel.oops_state)))
+        self.kernel.print_lines((f"{comm}: {text}, {mode}", *dump_stack(self.oops_source(cpu), self.kernel.oops_state)))
 
     def dump_stack(self, cpu: KernelCpu) -> None:
         """dump_stack(): the current thread and its call trace."""
-        self.kernel.print_lines(dump_stack(self._source(cpu), self.kernel.oops_state))
+        self.kernel.print_lines(dump_stack(self.oops_source(cpu), self.kernel.oops_state))
 
     def thread_trace(self, thread: KernelThread) -> tuple[str, ...]:
         """The call trace of a thread, wherever it stands."""
@@ -216,11 +216,11 @@ class ExceptionEntry:
         if thread.context is not None:
             saved = cpu.context_registers(thread.context)
             regs = PtRegs(ip=saved["rip"], sp=saved["rsp"], bp=saved["rbp"])
-        return show_trace(self._source(cpu, thread), self.kernel.oops_state, regs)
+        return show_trace(self.oops_source(cpu, thread), self.kernel.oops_state, regs)
 
     def panic(self, cpu: KernelCpu, message: str) -> None:
         """panic(): its text; the caller ends the machine."""
-        self.kernel.print_lines(panic(self._source(cpu), self.kernel.oops_state, message).lines)
+        self.kernel.print_lines(panic(self.oops_source(cpu), self.kernel.oops_state, message).lines)
 
     def _regs_at(self, cpu: KernelCpu, site: Site) -> PtRegs:
         return dataclasses.replace(self.current_regs(cpu), ip=self.kernel.symbol_or(site.symbol, cpu.reg("rip")))
@@ -254,7 +254,7 @@ class ExceptionEntry:
         data = self._peek(cpu, la, _WORD)
         return 0 if data is None else int.from_bytes(data, "little")
 
-    def _source(self, cpu: KernelCpu, thread: KernelThread | None = None) -> OopsSource:
+    def oops_source(self, cpu: KernelCpu, thread: KernelThread | None = None) -> OopsSource:
         kernel = self.kernel
         thread = thread or kernel.current_thread(cpu)
         stacks = self._stacks(cpu, thread)

@@ -73,7 +73,7 @@ def kernel_scene(kernel: Kernel, number: int, mmu: Mmu, reg: Callable[[str], int
 
     def trace() -> tuple[str, ...]:
         try:
-            found = list(dump_stack(kernel.exceptions._source(onlooker), kernel.oops_state))  # type: ignore[arg-type]
+            found = list(dump_stack(kernel.exceptions.oops_source(onlooker), kernel.oops_state))  # type: ignore[arg-type]
         except (PageFault, NonCanonical) as fault:
             return (f"(the stack cannot be read: {fault})",)
         at = found.index("Call Trace:") + 1
