@@ -54,15 +54,21 @@ class Model(Protocol):
 class Hub:
     """The CPUs of a machine and their turns. `policy` may be changed between two runs."""
 
-    def __init__(self, cpus: list[Cpu], sched: Scheduler, text: KernelText, model: Model, policy: Policy) -> None:
+    def __init__(
+        self, cpus: list[Cpu], sched: Scheduler, text: KernelText, model: Model, policy: Policy, limit: int | None = None
+    ) -> None:
         self.cpus = cpus
         self.sched = sched
         self.text = text
         self.model = model
         self.policy = policy
+        self.limit = limit
+        self._end: int | None = None
         self._last = NOBODY
         self._paused = False
         self._start = [0] * len(cpus)
+        # Told of the CPU whose turn is over.
+        self.on_turn: Callable[[int], None] = lambda cpu: None
         sched.clock = self.total
         sched.run_others = self.run_others
         for cpu in cpus:
@@ -85,11 +91,19 @@ class Hub:
         return total
 
     def start(self) -> None:
-        """Count the CPUs' instructions from here; the next turn is CPU 0's."""
+        """Count the CPUs' instructions, and bound them all together, from here; the next turn is CPU 0's."""
+        total = self.total()
+        self._end = None if self.limit is None or total is None else total + self.limit
         self._start = [0] * len(self.cpus)
         self._start = [self.executed(cpu.id) for cpu in self.cpus]
         self._last = NOBODY
         self._paused = False
+
+    def _left(self) -> int | None:
+        """Instructions that may still be executed; None without a bound."""
+        if self._end is None:
+            return None
+        return max(0, self._end - (self.total() or 0))
 
     # ---- the loop
 
@@ -98,6 +112,8 @@ class Hub:
         while not done():
             self._fire_timers()
             ready = [cpu.id for cpu in self.cpus if self.is_ready(cpu.id)]
+            if ready and self._left() == 0:
+                return Finish(Final.LIMIT, self._last, LimitReached(self.cpus[max(0, self._last)].rip))
             if not ready:
                 timer = self.sched.next_timer()
                 if timer is None:
@@ -105,6 +121,7 @@ class Hub:
                 self.sched.advance(timer.time)
                 continue
             finish = self._turn(ready)
+            self.on_turn(self._last)
             if finish is not None:
                 return finish
         return Finish(Final.DONE, self._last)
@@ -146,7 +163,10 @@ class Hub:
         number = self._last = turn.cpu
         self._paused = False
         cpu, sched = self.cpus[number], self.sched
-        end = None if turn.budget is None else self.executed(number) + self._until_timer(turn.budget)
+        budget, left = turn.budget, self._left()
+        if left is not None:
+            budget = left if budget is None else min(budget, left)
+        end = None if budget is None else self.executed(number) + self._until_timer(budget)
         while True:
             for vector in self.policy.due(number, self.executed(number)):
                 cpu.raise_nmi() if vector == NMI else cpu.raise_interrupt(vector)

@@ -57,6 +57,7 @@ DEFAULT_MAX_INSTRUCTIONS = 1_000_000_000
 # No engine runs faster than this on any host, so a run that ends within limit / PEAK seconds cannot have passed the limit.
 PEAK_INSTRUCTIONS_PER_SECOND = 10_000_000_000
 KEPT_FAULTS = 1024
+UNBOUNDED = 1 << 61
 _NMI = int(Vector.NMI)
 LINUX_CR0 = int(Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.AM | Cr0.PG)
 LINUX_CR4 = int(
@@ -195,16 +196,18 @@ class Machine:
             direct_gbpages=not config.nogbpages, hugevmalloc=not config.nohugevmalloc, hugeiomap=not config.nohugeiomap,
             pti=config.pti, pcid=config.pcid, gp_access=self._gp_access,
         )
-        ModuleApi(self.kernel)
+        self.kernel.sync = ModuleApi(self.kernel).sync
         register_percpu(self.kernel)
         self.mm_api = MmApi(self.kernel)
         if (config.cpus > 1 or config.schedule) and limit is None:
             limit = DEFAULT_MAX_INSTRUCTIONS
+        # The hub keeps the bound, over all CPUs and from the guest's first instruction on; the engines only count.
+        counted = None if limit is None else UNBOUNDED
         engine = NativeEngine if config.native else Engine
         self.cpus = [
             Cpu(
                 number, self.memory, features=features, levels=config.levels, tlb=Tlb(config.tlb), is_stub=self.kernel.is_stub,
-                limit=limit, engine=engine,
+                limit=counted, engine=engine,
             )
             for number in range(config.cpus)
         ]
@@ -226,7 +229,8 @@ class Machine:
             invpcid=features.invpcid and config.pcid, invlpgb=config.invlpgb,
         )
         kernel.vmalloc.debug_pagealloc = config.debug_pagealloc
-        self.hub = Hub(self.cpus, kernel.sched, kernel.text, self, self._policy())
+        self.hub = Hub(self.cpus, kernel.sched, kernel.text, self, self._policy(), limit)
+        self.hub.on_turn = kernel.on_turn
         self.tlbsan = TlbSan(kernel, track=track, time=lambda: self.hub.total() or 0) if self._sanitizes else None
         if self.tlbsan is not None:
             self.tlbsan.on_finding = lambda finding: kernel.print_lines(lines(finding))

@@ -42,7 +42,7 @@ class Turn:
 
 
 class Policy(Protocol):
-    """Decides turns. `ready` ascends and is not empty; `last` is the CPU of the last turn or NOBODY, `paused`: it ended by PAUSE."""
+    """Decides turns. `ready` ascends and is not empty; `last` is the CPU of the last turn or NOBODY, `paused` if by PAUSE."""
 
     def turn(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> Turn:
         """The next turn."""

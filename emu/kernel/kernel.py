@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from random import Random
+from typing import TYPE_CHECKING
 
 from emu.kernel import vmap_node
 from emu.kernel.callers import CALLERS, FORK
@@ -30,7 +31,7 @@ from emu.kernel.module import Module, ModuleLoader
 from emu.kernel.oops import KERNEL_TEXT, KernelBuild, OopsState, Task
 from emu.kernel.page_alloc import NUMA_NO_NODE
 from emu.kernel.percpu import PerCpu
-from emu.kernel.preempt import PreemptCount
+from emu.kernel.preempt import PreemptCount, scheduling_while_atomic
 from emu.kernel.printk import KernelLog
 from emu.kernel.profile import Profile
 from emu.kernel.ptrace import PtRegs
@@ -53,6 +54,9 @@ from emu.memory import Memory
 from emu.mmu.entry import Level
 from emu.mmu.fault import NonCanonical, PageFault
 from emu.mmu.walk import PagingRegisters, inspect
+
+if TYPE_CHECKING:
+    from emu.kernel.sync import Sync
 
 HARDWARE = "vmemu emulated x86-64 machine"
 FIRST_PID = 100
@@ -143,6 +147,8 @@ class Kernel:
         self._next_pid = FIRST_PID
         self.threads: list[KernelThread] = []
         self._caller = 0
+        # Threads, locks, timers and RCU as modules know them; whoever exports them sets it.
+        self.sync: Sync | None = None
         self.text = self.sched.text = KernelText(memory, self.layout, self.symbols, profile.name)
         self.percpu = PerCpu(
             self.vmalloc, floor.percpu, self.cpus.cpu_to_node, self._dump_stack,
@@ -285,6 +291,8 @@ class Kernel:
                 idle = KernelThread(0, "swapper/0", self.layout.va(self._boot_pages(THREAD_SIZE)))
             idle.pid = 0
             self.sched.idle.append(idle)
+            if self.sync is not None:
+                self.sync.set_current(cpu.id, idle)
             self.idle_again(cpu.id)
 
     def idle_again(self, number: int) -> None:
@@ -310,6 +318,8 @@ class Kernel:
         thread.state = ThreadState.DEAD
         self.dead_ends += thread.activations
         thread.activations = []
+        if self.sync is not None:
+            self.sync.thread_died(thread)
         self.idle_again(thread.cpu)
 
     def exit_thread(self, thread: KernelThread) -> None:
@@ -344,11 +354,10 @@ class Kernel:
 
     def _schedule_debug(self, thread: KernelThread) -> None:
         """A thread that may not sleep does (v6.12 kernel/sched/core.c __schedule_bug)."""
-        count = self.preempt(thread.cpu)
-        if count.in_atomic:
-            self.print_lines((f"BUG: scheduling while atomic: {thread.comm}/{thread.pid}/0x{count.count:08x}",))
+        line = scheduling_while_atomic(self.preempt(thread.cpu), thread.comm, thread.pid)
+        if line is not None:
+            self.print_lines((line,))
             self._dump_stack()
-            count.count = 0
 
     # ---- modules
 
@@ -446,9 +455,23 @@ class Kernel:
         assert self._cpu is not None, "no CPU has entered the kernel yet"
         return self._cpu
 
+    @property
+    def _concurrent(self) -> Sync | None:
+        """What runs deferred work by threads of its own: only where another CPU may see that it is late."""
+        return self.sync if self.cpus.online > 1 and self.sched.in_thread else None
+
+    def on_turn(self, cpu: int) -> None:
+        """A CPU's turn is over: RCU looks at what it was doing, and jiffies go on, as with the tick of a real clock."""
+        if self.sync is not None and self.sched.clock() is not None:
+            self.sync.sched_clock_irq(cpu, self._cpus[cpu].reg("cpl") == 3)
+            self.sync.timers.jiffies  # noqa: B018  # reading it brings the word that guests see up to date
+
     def schedule_work(self, work: Callable[[], None]) -> None:
         """Queue work: it runs when the exported function under way is done, in task context."""
-        self._work.append(work)
+        if self._concurrent is not None:
+            self._concurrent.workqueues.schedule_work(work)
+        else:
+            self._work.append(work)
 
     def _run_work(self) -> None:
         while self._work or self._rcu_callbacks:
@@ -459,7 +482,10 @@ class Kernel:
 
     def call_rcu(self, callback: Callable[[], None]) -> None:
         """Run `callback`, as an interrupt does, once every reader of now is done: with one CPU, when its task has returned."""
-        self._rcu_callbacks.append(callback)
+        if self._concurrent is not None:
+            self._concurrent.rcu.call_rcu(callback)
+        else:
+            self._rcu_callbacks.append(callback)
 
     def _rcu_core(self) -> None:
         callbacks, self._rcu_callbacks = self._rcu_callbacks, []

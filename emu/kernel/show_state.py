@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from emu.kernel.execution import IDLE
 from emu.kernel.task import KernelThread, ThreadState
 from emu.mmu.fault import NonCanonical, PageFault
 
@@ -43,7 +44,7 @@ def sleeper_lines(kernel: Kernel) -> list[str]:
     """The threads that wait, with their call traces."""
     found: list[str] = []
     for thread in kernel.threads:
-        if thread.state is ThreadState.BLOCKED:
+        if thread.state is ThreadState.BLOCKED and thread.waiting_for != IDLE:
             why = thread.waiting_for or "whoever wakes it"
             found.append(f"task:{thread.comm} state:{_STATES[thread.state]} pid:{thread.pid} CPU {thread.cpu}, waits for {why}")
             found += trace_lines(kernel, thread)
