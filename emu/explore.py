@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from emu.config import MachineConfig
 from emu.guest.expect import Outcome, judge
 from emu.guest.link import Linked
 from emu.guest.program import Program
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 from emu.turns import Clock, Plain, Policy, Scheduled, Step
 from emu.visible import invisible_run, is_visible, next_instruction
 

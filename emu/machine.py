@@ -1,4 +1,4 @@
-"""A whole machine: memory, one CPU, a booted kernel, and a guest program run on it to its end.
+"""A whole machine: memory, CPUs, a booted kernel, and a guest program run on it to its end.
 
 A guest runs as a module's init function in a kernel thread of its own. Python is in charge between two runs of the engine: it
 handles exported functions and exception entries, and stops when the guest returns, dies, or reaches its bound.
@@ -6,29 +6,24 @@ handles exported functions and exception entries, and stops when the guest retur
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import Self
 
+from emu.config import DEFAULT_MAX_INSTRUCTIONS, MachineConfig
 from emu.cpu import Cpu, Halted, LimitReached, Livelock
-from emu.descriptors import TableRegister
 from emu.engine import Engine
 from emu.exceptions import CpuException, Vector
-from emu.guest.error import GuestError
 from emu.guest.expect import Fault, Outcome, Unreadable
-from emu.guest.link import Linked, link
-from emu.guest.program import Program, SectionKind
+from emu.guest.link import Linked
+from emu.guest.program import Program
 from emu.hub import Final, Finish, Hub
-from emu.kernel.bug_table import parse_bug_table
 from emu.kernel.entry import End, Ending
 from emu.kernel.kernel import Kernel
 from emu.kernel.mm_api import MmApi
-from emu.kernel.module import DATA, RO_AFTER_INIT, RODATA, TEXT, Module
+from emu.kernel.module import Module
 from emu.kernel.module_api import ModuleApi
 from emu.kernel.percpu_api import register_percpu
 from emu.kernel.places import place_of
@@ -38,130 +33,28 @@ from emu.kernel.sched import NeedsClock
 from emu.kernel.show_state import blocked_lines, cpu_lines
 from emu.kernel.task import KernelThread, ThreadState, comm_of
 from emu.kernel.tlbflush import TlbFlushes
-from emu.kernel.traps import BugEntry
+from emu.load_module import load_module, module_name
 from emu.memory import PAGE_SIZE, BusError, Memory
 from emu.mmu.entry import PHYSICAL_MASK
 from emu.mmu.fault import Access, NonCanonical, PageFault
-from emu.mmu.registers import Cr0, Cr4, Efer, Features
+from emu.mmu.registers import Features
 from emu.mmu.tlb import Tlb, TlbMode
 from emu.mmu.walk import walk
-from emu.msr import IA32_FMASK, IA32_LSTAR, IA32_PAT, IA32_STAR
 from emu.native import NativeEngine
+from emu.start_cpu import start_cpu
 from emu.tlbsan import NOTHING_TRACKED, Scene, TlbSan, Tracking, kernel_scene, lines
 from emu.trace import Delivery, Event, FlushIssued, FunctionCall, Sink, TlbFlushed, discard
-from emu.turns import DEFAULT_QUANTUM, Alone, Policy, RoundRobin, Scheduled, parse_schedule
+from emu.turns import Alone, Policy, RoundRobin, Scheduled, parse_schedule
+from emu.watchdog import Watchdog, WatchdogExpired
 
-DEFAULT_MEMORY = 1 << 30
-MAX_CPUS = 64
-DEFAULT_MAX_INSTRUCTIONS = 1_000_000_000
 # No engine runs faster than this on any host, so a run that ends within limit / PEAK seconds cannot have passed the limit.
 PEAK_INSTRUCTIONS_PER_SECOND = 10_000_000_000
 KEPT_FAULTS = 1024
 UNBOUNDED = 1 << 61
 _NMI = int(Vector.NMI)
-LINUX_CR0 = int(Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.AM | Cr0.PG)
-LINUX_CR4 = int(
-    Cr4.PSE | Cr4.PAE | Cr4.MCE | Cr4.PGE | Cr4.OSFXSR | Cr4.OSXMMEXCPT | Cr4.UMIP | Cr4.FSGSBASE | Cr4.SMEP | Cr4.SMAP | Cr4.PKE
-)
-LINUX_EFER = int(Efer.SCE | Efer.LME | Efer.LMA | Efer.NXE)
-# WB, WT, UC-, UC, WB, WP, UC-, WT: v6.12 arch/x86/mm/pat/memtype.c pat_bp_init.
-LINUX_PAT = 0x0407_0506_0007_0106
-LINUX_PKRU = 0x5555_5554
-LINUX_FMASK = 0x0025_7FD5
-# Padding in front of a module's first function, as CONFIG_CALL_PADDING has it; an oops shows 42 bytes of code before RIP.
-_TEXT_HEADROOM = 64
-_NOP = b"\x90"
 _GENERAL = (
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
 )
-_PART_OF = {
-    SectionKind.TEXT: TEXT, SectionKind.RODATA: RODATA, SectionKind.RO_AFTER_INIT: RO_AFTER_INIT, SectionKind.DATA: DATA,
-    SectionKind.BSS: DATA,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class MachineConfig:
-    """What machine to build. `memory` in bytes; `kernel` a profile's name; `tlb` a TlbMode's value.
-
-    `pcid`: the kernel turns PCIDs on; `invlpgb`: the CPUs have INVLPGB and the kernel uses it in place of IPIs.
-    `debug_pagealloc`, a kernel parameter, flushes at every unmapping; `tlbsan` reports uses of stale translations.
-    `quantum` in instructions is the turn of one of several CPUs, unless `schedule` (see emu/turns.py) decides.
-    `gbpages` false: a CPU without 1 GiB pages. `nogbpages`, `nohugevmalloc`, `nohugeiomap`: the kernel parameters of these names.
-    """
-
-    levels: int = 4
-    cpus: int = 1
-    memory: int = DEFAULT_MEMORY
-    nodes: int = 1
-    kernel: str = "6.12"
-    tlb: str = "infinite"
-    native: bool = False
-    kaslr: bool = False
-    pti: bool = False
-    pcid: bool = False
-    invlpgb: bool = False
-    debug_pagealloc: bool = False
-    tlbsan: bool = True
-    quantum: int = DEFAULT_QUANTUM
-    schedule: str = ""
-    gbpages: bool = True
-    nogbpages: bool = False
-    nohugevmalloc: bool = False
-    nohugeiomap: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.cpus <= MAX_CPUS:
-            raise ValueError(f"number of CPUs is {self.cpus}; it must be 1 to {MAX_CPUS}")
-        if self.native and self.cpus != 1:
-            raise ValueError(f"number of CPUs is {self.cpus}; a native machine has one")
-        if self.levels not in (4, 5):
-            raise ValueError(f"paging levels is {self.levels}; it must be 4 or 5")
-        if self.tlb not in {mode.value for mode in TlbMode}:
-            raise ValueError(f"TLB mode is {self.tlb!r}; it must be one of {', '.join(mode.value for mode in TlbMode)}")
-        if self.native and self.tlb != TlbMode.INFINITE:
-            raise ValueError(f"TLB mode is {self.tlb!r}; a native machine has Unicorn's own TLB, whose mode cannot be chosen")
-        if self.schedule:
-            parse_schedule(self.schedule, self.cpus)
-        if self.invlpgb and self.pti:
-            raise ValueError("invlpgb and pti are both set; no processor with INVLPGB needs page-table isolation")
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed is {self.seed}; it must be 0 to 2^64-1")
-
-
-class _Watchdog:
-    """Calls `stop` after `timeout` seconds, and again until its block is left: a stop between two runs of the engine is lost."""
-
-    REPEAT = 0.005
-
-    def __init__(self, timeout: float, stop: Callable[[], None]) -> None:
-        self._timeout = timeout
-        self._stop = stop
-        self.late = False
-        self._start = 0.0
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        wait = self._timeout
-        while not self._left.wait(wait):
-            self._stop()
-            wait = self.REPEAT
-
-    def __enter__(self) -> Self:
-        self._start = time.perf_counter()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.late = time.perf_counter() - self._start > self._timeout
-        self._left.set()
-        self._thread.join()
-
-
-class WatchdogExpired(Exception):
-    """An uncounted run took too long to be sure that it kept its bound: it must be repeated with a counter."""
 
 
 @dataclass(slots=True)
@@ -219,7 +112,7 @@ class Machine:
         for cpu in self.cpus:
             cpu.on_delivery = partial(self._on_delivery, cpu)
             cpu.on_entry = self._on_entry
-            self._start_cpu(cpu)
+            start_cpu(cpu, self.kernel, levels=config.levels, pcid=config.pcid)
         self.kernel.send_ipi = self._send_ipi
         self.kernel.send_nmi = lambda number: self.cpus[number].raise_nmi()
         kernel = self.kernel
@@ -263,26 +156,6 @@ class Machine:
         found = cpu.memory_accesses(reg("rip")) if sized else ()
         size = found[0].size if found else 0
         return kernel_scene(self.kernel, cpu.id, cpu.mmu, reg, size, self.hub.executed(cpu.id))
-
-    def _start_cpu(self, cpu: Cpu) -> None:
-        """Bring a CPU to where Linux has brought it when it runs its first thread."""
-        kernel = self.kernel
-        cr4 = LINUX_CR4 | (Cr4.LA57 if self.config.levels == 5 else 0) | (Cr4.PCIDE if self.config.pcid else 0)
-        cpu.mmu.reset(LINUX_CR0, kernel.contexts.build_cr3(kernel.contexts.init_mm, 0), cr4, LINUX_EFER, LINUX_PKRU)
-        cpu.sync_engine_registers()
-        tables = kernel.cpu_tables(cpu.id)
-        cpu.gdtr = TableRegister(tables.gdt_direct, tables.gdt_limit)
-        cpu.load_task_register(tables.tss_selector)
-        cpu.gdtr = TableRegister(tables.gdt, tables.gdt_limit)
-        cpu.idtr = TableRegister(tables.idt, tables.idt_limit)
-        cpu.load_tables()
-        cpu.enter_privilege(0, 0x10, new_stack=False)
-        cpu.set_reg("ss", 0x18)
-        cpu.set_reg("gs_base", tables.percpu)
-        cpu.msrs[IA32_PAT] = LINUX_PAT
-        cpu.msrs[IA32_STAR] = 0x0023_0010 << 32
-        cpu.msrs[IA32_LSTAR] = kernel.symbol("entry_SYSCALL_64")
-        cpu.msrs[IA32_FMASK] = LINUX_FMASK
 
     def _send_ipi(self, number: int, vector: int) -> None:
         """A fixed interrupt through the local APIC; it merges with one of its vector that is pending (SDM vol. 3A 12.8.4)."""
@@ -357,37 +230,7 @@ class Machine:
 
     def load(self, program: Program) -> tuple[Module, Linked]:
         """Load a program as a module: allocate its areas, link, write, protect. Raises GuestError."""
-        kernel = self.kernel
-        sizes: dict[str, int] = {}
-        offsets: dict[SectionKind, int] = {}
-        for kind, area in program.areas().items():
-            part = _PART_OF[kind]
-            start = sizes.get(part, _TEXT_HEADROOM if part == TEXT else 0)
-            offsets[kind] = start + area.align - 1 & -area.align
-            sizes[part] = offsets[kind] + area.size
-        name = _module_name(program.path)
-        module = kernel.module_loader.load(name, sizes, kernel.symbol("load_module") + 1)
-        if module is None:
-            raise GuestError(program.path, 0, f"no memory for the module: {sum(sizes.values()):#x} bytes")
-        bases: dict[SectionKind | str, int] = {}
-        for kind, offset in offsets.items():
-            part_of = module.part(_PART_OF[kind])
-            assert part_of is not None
-            bases[kind] = part_of.la + offset
-        try:
-            linked = link(program, bases, kernel.symbols.exported_address)
-        except GuestError:
-            kernel.module_loader.unload(module)
-            raise
-        for la, data in linked.images.values():
-            self.write(la, data)
-        text = module.part(TEXT)
-        if text is not None:
-            self.write(text.la, _NOP * _TEXT_HEADROOM)
-        if kernel.module_loader.protect(module):
-            raise GuestError(program.path, 0, "no memory to protect the module's text")
-        kernel.add_module(module, _module_symbols(linked), _bug_table(linked))
-        return module, linked
+        return load_module(program, self.kernel, self.write)
 
     def run(self, program: Program, *, timeout: float | None = None) -> Outcome:
         """Load a program, call its entry in a new thread, and run it to its end.
@@ -400,7 +243,7 @@ class Machine:
 
     def run_loaded(self, program: Program, linked: Linked, *, timeout: float | None = None) -> Outcome:
         """`run`, for a program that `load` has loaded. Raises WatchdogExpired, MemoryError."""
-        ended, returned = self.call(linked.entry, comm=comm_of(_module_name(program.path)), timeout=timeout)
+        ended, returned = self.call(linked.entry, comm=comm_of(module_name(program.path)), timeout=timeout)
         return self._outcome(ended, returned, linked)
 
     def call(
@@ -428,7 +271,7 @@ class Machine:
         if timeout is None:
             finish = self._run(thread)
         else:
-            with _Watchdog(timeout, self.cpu.engine.stop) as watchdog:
+            with Watchdog(timeout, self.cpu.engine.stop) as watchdog:
                 finish = self._run(thread)
             if watchdog.late:
                 raise WatchdogExpired
@@ -576,35 +419,6 @@ class Machine:
 
 def _ended(ending: Ending) -> str:
     return {End.OOPS: "oops", End.PANIC: "panic", End.SIGNAL: "signal"}[ending.end]
-
-
-def _module_name(path: str) -> str:
-    name = path.replace("\\", "/").rpartition("/")[2].partition(".")[0]
-    return "".join(c if c.isalnum() else "_" for c in name) or "guest"
-
-
-def _module_symbols(linked: Linked) -> list[tuple[str, int, int]]:
-    """(name, address, size) of a guest's symbols; a symbol reaches to the next one in its section, or to the section's end."""
-    symbols = []
-    for start, data in linked.images.values():
-        inside = sorted((la, name) for name, la in linked.symbols.items() if start <= la < start + len(data))
-        for n, (la, name) in enumerate(inside):
-            end = next((other for other, _ in inside[n + 1 :] if other > la), start + len(data))
-            symbols.append((name, la, end - la))
-    return symbols
-
-
-def _bug_table(linked: Linked) -> dict[int, BugEntry]:
-    def read_string(la: int) -> str | None:
-        where = linked.where(la)
-        if where is None:
-            return None
-        name, offset = where
-        return linked.images[name][1][offset:].partition(b"\0")[0].decode("latin-1")
-
-    if "__bug_table" not in linked.images:
-        return {}
-    return parse_bug_table(*linked.images["__bug_table"], read_string)
 
 
 def _reader(regs: PtRegs, cpu: Cpu) -> dict[str, int]:

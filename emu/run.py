@@ -5,20 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from emu.config import DEFAULT_MAX_INSTRUCTIONS, MachineConfig
 from emu.guest.directives import MachineOptions
 from emu.guest.expect import Outcome, judge
 from emu.guest.load import load
 from emu.guest.program import Program
-from emu.machine import (
-    DEFAULT_MAX_INSTRUCTIONS,
-    PEAK_INSTRUCTIONS_PER_SECOND,
-    Machine,
-    MachineConfig,
-    Statistics,
-    WatchdogExpired,
-)
+from emu.machine import PEAK_INSTRUCTIONS_PER_SECOND, Machine, Statistics
 from emu.tlbsan import NOTHING_TRACKED, Tracking
 from emu.trace import Event, Sink, discard
+from emu.watchdog import WatchdogExpired
 
 # A bound so low that counting costs less than a second attempt might.
 _COUNTED_AT_ONCE = 10_000_000

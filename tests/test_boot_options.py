@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from emu.config import MachineConfig
 from emu.guest.asm import assemble
 from emu.guest.directives import MachineOptions, parse_directives
 from emu.kernel.pgtable import PgLevel
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 from emu.run import configure
 
 GIB = 1 << 30

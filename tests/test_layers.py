@@ -12,7 +12,8 @@ LAYERS = [
     ["emu.cli", "emu.__main__"],
     ["emu.report", "emu.progress"],
     ["emu.run", "emu.explore"],
-    ["emu.machine"],
+    ["emu.machine", "emu.start_cpu", "emu.load_module", "emu.watchdog"],
+    ["emu.config"],
     ["emu.tlbsan"],
     ["emu.hub", "emu.turns", "emu.visible"],
     [

@@ -11,6 +11,7 @@ from bare_cpu import CODE, KERNEL, KERNEL_PT, PD, PDPT, PML4, USER_CODE, USER_DA
 from hardware.instructions import CODE_BEFORE_ABSENT, CODE_BEFORE_NX, DATA, GPR, PAGE, RIGHTS, Case, cases
 from unicorn import UC_HOOK_EDGE_GENERATED
 
+from emu.config import MachineConfig
 from emu.cpu import Cpu, Halted, Interrupted
 from emu.exceptions import TripleFault, Vector
 from emu.guest.asm import assemble
@@ -18,7 +19,7 @@ from emu.guest.directives import MachineOptions
 from emu.guest.error import GuestError
 from emu.guest.load import load
 from emu.guest.program import Program
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 from emu.memory import BusError
 from emu.mmu.entry import RW, US, XD, A, D, P
 from emu.mmu.fault import PfError

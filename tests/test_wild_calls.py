@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from emu.config import MachineConfig
 from emu.guest.asm import assemble
 from emu.guest.directives import ENDS, MachineOptions
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 from emu.run import run_program
 
 LIMIT = 200_000

@@ -35,11 +35,12 @@ try:
     from unicorn import UC_ARCH_X86, UC_CTL_IO_WRITE, UC_CTL_TLB_FLUSH, UC_HOOK_TLB_FILL, UC_MODE_64, UC_TLB_VIRTUAL, Uc
     from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER, UC_X86_REG_RCX, UC_X86_REG_RDI, UC_X86_REG_RSP
 
+    from emu.config import MachineConfig
     from emu.cpu import Halted
     from emu.guest.asm import assemble
     from emu.kernel.gfp import GFP_KERNEL
     from emu.kernel.task import initial_rsp
-    from emu.machine import Machine, MachineConfig
+    from emu.machine import Machine
 except ModuleNotFoundError as error:
     print(f"bench.py: error: {error}; install the project first (README.md)", file=sys.stderr)
     sys.exit(2)
@@ -361,7 +362,8 @@ def run_smallest(scale: Scale) -> Measured:
 
 _BOOT = """
 import time
-from emu.machine import Machine, MachineConfig
+from emu.config import MachineConfig
+from emu.machine import Machine
 began = time.perf_counter()
 Machine(MachineConfig())
 print(time.perf_counter() - began)
@@ -377,7 +379,8 @@ def boot(scale: Scale) -> Measured:
 # VmHWM, since ru_maxrss of a new process begins with its parent's.
 _RESIDENT = """
 from emu.guest.load import load
-from emu.machine import Machine, MachineConfig
+from emu.config import MachineConfig
+from emu.machine import Machine
 machine = Machine(MachineConfig(memory=64 << 30))
 assert machine.run(load("guest/hello.asm")).returned == 0
 for line in open("/proc/self/status"):

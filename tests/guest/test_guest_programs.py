@@ -9,11 +9,12 @@ import capstone
 import pytest
 from flat_run import FlatRun
 
+from emu.config import MachineConfig
 from emu.guest.directives import Return
 from emu.guest.link import link
 from emu.guest.load import SUFFIXES, load
 from emu.guest.program import Program
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 
 GUESTS = Path(__file__).resolve().parents[2] / "guest"
 PROGRAMS = sorted(p for p in GUESTS.iterdir() if p.suffix in SUFFIXES)

@@ -6,12 +6,13 @@ from kernel_floor import RecordedFlushes
 from vmap_machine import Kernel as Parts
 from vmap_machine import Task
 
+from emu.config import MachineConfig
 from emu.guest.asm import assemble
 from emu.guest.expect import Outcome
 from emu.kernel.kernel import Kernel
 from emu.kernel.profile import V6_12, Profile
 from emu.kernel.vmallocinfo import vmallocinfo_rows
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 from emu.memory import Memory
 
 MIB = 1 << 20

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emu.config import MachineConfig
 from emu.guest.asm import assemble
 from emu.guest.expect import Fault
 from emu.kernel.kernel import Kernel
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 
 PAGE = 4096
 PMD = 2 << 20

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from after_run import MEMORY, ran, result_word
 
+from emu.config import MachineConfig
 from emu.kernel.guest_exports import c_int, c_long, c_unsigned
 from emu.kernel.printk import KernelLog
 from emu.kernel.ratelimit import RatelimitState
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 
 # v6.12 and v6.1 EXPORT_SYMBOL in mm/vmalloc.c, mm/util.c, arch/x86/mm/ioremap.c, kernel/iomem.c, without what needs a user mm.
 EXPORTED = """

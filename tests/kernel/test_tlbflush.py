@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from smp_machine import IF, SmpMachine
 
+from emu.config import MachineConfig
 from emu.kernel.layout import PAGE_SIZE
 from emu.kernel.mmu_context import kern_pcid, user_pcid
 from emu.kernel.pgprot import GLOBAL
@@ -12,7 +13,7 @@ from emu.kernel.profile import V5_4, V6_1, V6_12
 from emu.kernel.purge import VmapSpace
 from emu.kernel.smp import CALL_FUNCTION_VECTOR
 from emu.kernel.vmap_node import design_of
-from emu.machine import Machine, MachineConfig
+from emu.machine import Machine
 from emu.mmu.registers import CR3_NO_INVALIDATE, Cr4
 from emu.trace import FlushIssued, TlbFlushed
 

@@ -8,13 +8,15 @@ from random import Random
 import pytest
 from kernel_floor import RecordedFlushes, recorded_facts
 
+from emu.config import MachineConfig
 from emu.kernel.kernel import Kernel
 from emu.kernel.profile import find_profile
 from emu.kernel.task import THREAD_SIZE
 from emu.kernel.vm_struct import IOREMAP_MAX_ORDER, Vm
-from emu.machine import LINUX_CR0, LINUX_CR4, LINUX_EFER, LINUX_PAT, Machine, MachineConfig
+from emu.machine import Machine
 from emu.memory import Memory
 from emu.mmu.registers import Cr4
+from emu.start_cpu import LINUX_CR0, LINUX_CR4, LINUX_EFER, LINUX_PAT
 
 FILES = [
     *(f"main-{version}-{levels}l" for version in ("6.12", "6.1") for levels in (4, 5)),

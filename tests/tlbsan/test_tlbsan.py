@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernel"))
 from kernel_floor import MIB
 
+from emu.config import MachineConfig
 from emu.guest.load import load
 from emu.kernel.gfp import GFP_KERNEL
 from emu.kernel.kernel import Kernel
@@ -19,11 +20,12 @@ from emu.kernel.mm import PAGE_SHARED_DIRTY, Mm
 from emu.kernel.pgtable_types import FlushRange
 from emu.kernel.profile import find_profile
 from emu.kernel.set_memory import change_page_attr, set_memory_ro, set_memory_rw
-from emu.machine import LINUX_CR0, LINUX_CR4, LINUX_EFER, LINUX_PKRU, Machine, MachineConfig
+from emu.machine import Machine
 from emu.memory import Memory
 from emu.mmu.fault import Access, PageFault
 from emu.mmu.mmu import Mmu
 from emu.mmu.registers import CR3_NO_INVALIDATE, Cr4
+from emu.start_cpu import LINUX_CR0, LINUX_CR4, LINUX_EFER, LINUX_PKRU
 from emu.tlbsan import Finding, Kind, Scene, TlbSan, Tracking, kernel_scene, lines
 from emu.trace import FlushIssued, TlbFlushed
 
