@@ -24,26 +24,25 @@ from emu.kernel.irq import Irqs
 from emu.kernel.irq_stack import map_irq_stack
 from emu.kernel.kernel_cpu import KernelCpu, TlbFlush
 from emu.kernel.kernel_text import KernelText
+from emu.kernel.kernel_threads import RFLAGS_IF, KernelThreads
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, make_layout
-from emu.kernel.mempolicy import Mempolicy, TaskMempolicy
+from emu.kernel.mempolicy import TaskMempolicy
 from emu.kernel.mmu_context import MmuContexts
 from emu.kernel.module import Module, ModuleLoader
-from emu.kernel.oops import KERNEL_TEXT, KernelBuild, OopsState, Task
-from emu.kernel.page_alloc import NUMA_NO_NODE
+from emu.kernel.oops import KERNEL_TEXT, KernelBuild, OopsState
 from emu.kernel.percpu import PerCpu
-from emu.kernel.preempt import PreemptCount, scheduling_while_atomic
+from emu.kernel.preempt import PreemptCount
 from emu.kernel.printk import KernelLog
 from emu.kernel.profile import Profile
 from emu.kernel.ptrace import PtRegs
 from emu.kernel.purge import VmapSpace
 from emu.kernel.ratelimit import RatelimitState
-from emu.kernel.sched import Activation, Scheduler
+from emu.kernel.sched import Scheduler
 from emu.kernel.slab import Slab
 from emu.kernel.sleep_lock import SleepLock
 from emu.kernel.smp import SmpCalls
 from emu.kernel.taint import Taint
-from emu.kernel.task import KernelThread, ThreadState, initial_rsp
-from emu.kernel.thread_stack import THREAD_SIZE, ThreadStacks
+from emu.kernel.thread_stack import ThreadStacks
 from emu.kernel.traps import BugEntry, idt
 from emu.kernel.vmalloc import Vmalloc
 from emu.kernel.vmap import Vmap
@@ -59,8 +58,6 @@ if TYPE_CHECKING:
     from emu.kernel.sync import Sync
 
 HARDWARE = "vmemu emulated x86-64 machine"
-FIRST_PID = 100
-RFLAGS_IF = 0x202
 _UD2 = b"\x0f\x0b"
 
 
@@ -72,7 +69,7 @@ class TaskEnded(Exception):
         self.ending = ending
 
 
-class Kernel:
+class Kernel(KernelThreads):
     """A booted kernel over `memory`.
 
     `random` is the machine's generator, None without KASLR. `gp_access` decodes an instruction's memory operand for the text of a
@@ -86,6 +83,7 @@ class Kernel:
         smep: bool = True, smap: bool = True, pti: bool = False, pcid: bool = False,
         gp_access: Callable[[PtRegs], tuple[int, int] | None] = lambda regs: None,
     ) -> None:
+        super().__init__(nr_cpus)
         self.memory = memory
         self.profile = profile
         self.tlb = tlb
@@ -100,10 +98,8 @@ class Kernel:
             cpu_to_node=self.cpus.cpu_to_node,
         )
         self.pages, self.init_mm = floor.pages, floor.init_mm
-        self._preempt = [PreemptCount() for _ in range(nr_cpus)]
         self.sched = Scheduler(nr_cpus, self.cpus, self.cpu_by_number, lambda cpu, vector: self.send_ipi(cpu, vector))
         self.sched.schedule_debug = self._schedule_debug
-        self._cpus: list[KernelCpu] = []
         self._entered = False
         # How an interrupt or an NMI is sent to a CPU; the machine sets both.
         self.send_ipi: Callable[[int, int], None] = lambda cpu, vector: None
@@ -144,11 +140,7 @@ class Kernel:
         self._bugs: dict[int, BugEntry] = {}
         self._work: list[Callable[[], None]] = []
         self._rcu_callbacks: list[Callable[[], None]] = []
-        self._next_pid = FIRST_PID
-        self.threads: list[KernelThread] = []
         self._caller = 0
-        # Threads, locks, timers and RCU as modules know them; whoever exports them sets it.
-        self.sync: Sync | None = None
         self.text = self.sched.text = KernelText(memory, self.layout, self.symbols, profile.name)
         self.percpu = PerCpu(
             self.vmalloc, floor.percpu, self.cpus.cpu_to_node, self._dump_stack,
@@ -163,8 +155,6 @@ class Kernel:
         self._fill_cpu_entry_areas()
         if pti:
             self.init_mm.pti_init(self.layout.kernel_text)
-        # Calls that will never go on: forgotten, their greenlets would be unwound, and run the model's code on the way.
-        self.dead_ends: list[Activation] = []
 
     # ---- boot
 
@@ -254,110 +244,6 @@ class Kernel:
     def entries(self, cr3: int, la: int) -> list[tuple[Level, int, int]]:
         """A walk for an oops: the entries on the way to `la` under a CR3, without any check."""
         return inspect(self.memory, PagingRegisters(cr3=cr3, levels=self.layout.levels), la)
-
-    # ---- threads
-
-    def create_thread(
-        self, comm: str, cpu: int = 0, node: int = NUMA_NO_NODE, *, function: int = 0, argument: int = 0, runs: bool = True,
-        **registers: int,
-    ) -> KernelThread:
-        """A kernel thread with a stack in the vmalloc region, preferably on `node`, that will call `function(argument)`.
-
-        `registers` are its others at first; `runs`: the CPU has it from now on. Raises MemoryError without memory for it.
-        """
-        stack = self.thread_stacks.alloc_thread_stack_node(node)
-        if stack is None:
-            raise MemoryError(f"memory size is {self.memory.size:#x}; no room for a thread's stack")
-        thread = KernelThread(self._next_pid, comm, stack.addr, cpu, stack)
-        self._next_pid += 1
-        self.threads.append(thread)
-        if self._cpus:
-            thread.context = self._cpus[cpu].make_context(
-                rip=self.symbol("ret_from_fork_asm"), rsp=initial_rsp(thread), rbx=function, rdi=argument, rflags=RFLAGS_IF,
-                **registers,
-            )
-        if runs:
-            self.sched.running[cpu] = thread
-        return thread
-
-    def attach_cpus(self, cpus: list[KernelCpu]) -> None:
-        """The CPUs are there: each gets its idle thread, CPU 0 that of boot (v6.12 kernel/smpboot.c idle_threads_init)."""
-        self._cpus = cpus
-        for cpu in cpus:
-            if cpu.id:
-                idle = self.create_thread(f"swapper/{cpu.id}", cpu.id, runs=False)
-                self._next_pid -= 1
-            else:
-                idle = KernelThread(0, "swapper/0", self.layout.va(self._boot_pages(THREAD_SIZE)))
-            idle.pid = 0
-            self.sched.idle.append(idle)
-            if self.sync is not None:
-                self.sync.set_current(cpu.id, idle)
-            self.idle_again(cpu.id)
-
-    def idle_again(self, number: int) -> None:
-        """Put a CPU, whatever it did, into its idle loop."""
-        idle = self.sched.idle[number]
-        cpu = self._cpus[number]
-        idle.state = ThreadState.RUNNABLE
-        cpu.load_context(cpu.make_context(rip=self.text.idle, rsp=initial_rsp(idle), rflags=RFLAGS_IF))
-        self.sched.running[number] = idle
-        self.sched.spinning[number] = False
-        self.sched.idling[number] = True
-        self._preempt[number].count = 0
-
-    def thread_returned(self, cpu: KernelCpu, value: int) -> None:
-        """A thread's function has returned: the thread is over, and its CPU takes another one (v6.12 kernel/exit.c do_exit)."""
-        thread = self.current_thread(cpu)
-        if thread.on_exit is not None:
-            thread.on_exit(value)
-        self.sched.exit_current()
-
-    def abandon(self, thread: KernelThread) -> None:
-        """A thread has died where it stood: its CPU goes back to its idle loop, its stack stays as it is."""
-        thread.state = ThreadState.DEAD
-        self.dead_ends += thread.activations
-        thread.activations = []
-        if self.sync is not None:
-            self.sync.thread_died(thread)
-        self.idle_again(thread.cpu)
-
-    def exit_thread(self, thread: KernelThread) -> None:
-        """A thread is dead and off its CPU: its stack is given back. Raises ValueError when it has been already."""
-        if thread.stack_vm_area is None:
-            raise ValueError(f"thread {thread.pid} has given its stack back already")
-        if self.sched.running[thread.cpu] is thread:
-            self.sched.running[thread.cpu] = None
-        self.thread_stacks.exit_task_stack_account(thread.stack_vm_area)
-        self.thread_stacks.free_thread_stack(thread.stack_vm_area)
-        thread.stack_vm_area = None
-        self.threads.remove(thread)
-
-    def _mempolicy(self) -> Mempolicy | None:
-        thread = self.sched.running[self.cpus.current]
-        return None if thread is None else thread.mempolicy
-
-    def current_thread(self, cpu: KernelCpu) -> KernelThread:
-        """The thread that a CPU runs. Raises AssertionError before there is one."""
-        thread = self.sched.running[cpu.id]
-        assert thread is not None, f"CPU {cpu.id} has no thread yet"
-        return thread
-
-    def oops_task(self, cpu: KernelCpu) -> Task:
-        """The current thread as an oops names it."""
-        thread = self.current_thread(cpu)
-        return Task(thread.comm, thread.pid, cpu.id)
-
-    def _context_switch(self, previous: KernelThread, following: KernelThread) -> None:
-        """A CPU has taken another thread: its mm is loaded, or the last one kept (v6.12 kernel/sched/core.c context_switch)."""
-        self.contexts.context_switch(None if following.mm is None else following.mm.context)
-
-    def _schedule_debug(self, thread: KernelThread) -> None:
-        """A thread that may not sleep does (v6.12 kernel/sched/core.c __schedule_bug)."""
-        line = scheduling_while_atomic(self.preempt(thread.cpu), thread.comm, thread.pid)
-        if line is not None:
-            self.print_lines((line,))
-            self._dump_stack()
 
     # ---- modules
 
