@@ -42,7 +42,7 @@ def user(on: Machine, code: str) -> tuple[Outcome, list[tuple[str, int]]]:
     """Run user code, R12 a vmalloc address and RBX the mm; what was in CR3 at each entry and each time a handler looked at it."""
     seen: list[tuple[str, int]] = []
     entry = on.kernel.exceptions
-    handle, source = entry.handle, entry._source
+    handle, source = entry.handle, entry.oops_source
 
     def handled(cpu, vector):
         seen.append(("entry", cpu.reg("cr3")))
@@ -54,7 +54,7 @@ def user(on: Machine, code: str) -> tuple[Outcome, list[tuple[str, int]]]:
         seen.append(("handler", cpu.reg("cr3")))
         return source(cpu)
 
-    entry.handle, entry._source = handled, looked
+    entry.handle, entry.oops_source = handled, looked
     return run(on, SETUP + code + "    ud2\n    times 64 db 0x90"), seen
 
 
