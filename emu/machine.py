@@ -133,6 +133,8 @@ class Machine:
         self._thread: KernelThread | None = None
         self._returned: int | None = None
         self._registers: dict[str, int] = {}
+        # What the counters showed when the guest was called.
+        self._counted: dict[str, int] = {}
 
     @property
     def _sanitizes(self) -> bool:
@@ -264,6 +266,7 @@ class Machine:
         thread.on_exit = self._main_returned
         self._returned = None
         self._registers = {}
+        self._counted = self._count()
         self.hub.start()
         kernel.sched.start(thread)
         if interrupt:
@@ -369,7 +372,10 @@ class Machine:
         return Outcome(ended, returned, self.faults, log, self._registers, symbol, read_u64, self.counts(), self.reports)
 
     def counts(self) -> dict[str, int]:
-        """What the run counted, by the names of directives.COUNTS."""
+        """What was counted since the guest was called, by the names of directives.COUNTS."""
+        return {name: count - self._counted.get(name, 0) for name, count in self._count().items()}
+
+    def _count(self) -> dict[str, int]:
         flushed, kernel = self.flushes.counters, self.kernel
         return {
             "ipi": kernel.smp.counters.sent.total(), "switch": kernel.sched.switches,

@@ -64,7 +64,8 @@ def run_text(result: RunResult, *, verbose: bool = False) -> str:
         lines.append(f"vmemu: {fault_text(fault)}")
         if fault.address is not None:
             lines.append(f"       {next(places)}")
-    hidden = sum(result.statistics.exceptions.values()) - len(shown)
+    # Interrupts are no faults: the first vector that is one is 32.
+    hidden = sum(count for vector, count in result.statistics.exceptions.items() if vector < 32 and vector != 2) - len(shown)
     if hidden > 0:
         lines.append(f"vmemu: {hidden} more")
     lines += [f"vmemu: {failure}" for failure in result.failures]

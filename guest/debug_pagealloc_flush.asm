@@ -1,0 +1,71 @@
+; With debug_pagealloc=on every unmapping is flushed at once, on every CPU: CPU 1 faults where it would otherwise write through
+; its old translation.
+; vmemu: cpus=2 debug-pagealloc=on
+; expect: fault #PF error=0x0002 address=[p]
+; expect: oops
+; expect: count ipi 1
+
+section .text
+init_module:
+    push rbx
+    push r12
+    push r13
+    mov edi, 4096
+    call vmalloc
+    mov [p], rax
+    mov qword [rax], 1
+    mov rdi, rax
+    call vmalloc_to_pfn
+    mov r12, rax
+    mov edi, 1
+    lea rsi, [writer]
+    xor edx, edx
+    call vmemu_run_on
+    mov rbx, rax
+touched_wait:
+    pause
+    cmp qword [touched], 0
+    je touched_wait
+    mov rdi, [p]
+    call vfree
+    ; Allocate until the frame comes back: the allocator hands out first what was freed last.
+    mov r13d, 64
+again:
+    mov edi, 4096
+    call vzalloc
+    mov [q], rax
+    mov rdi, rax
+    call vmalloc_to_pfn
+    cmp rax, r12
+    je found
+    dec r13
+    jnz again
+    mov eax, 1
+    jmp out
+found:
+    mov qword [freed], 1
+    mov rdi, rbx
+    call vmemu_join
+    mov rax, [q]
+    mov rax, [rax]
+out:
+    pop r13
+    pop r12
+    pop rbx
+    ret
+writer:
+    mov rax, [p]
+    mov qword [rax], 2
+    mov qword [touched], 1
+freed_wait:
+    pause
+    cmp qword [freed], 0
+    je freed_wait
+    mov qword [rax], 0x4141
+    ret
+
+section .data
+p: dq 0
+q: dq 0
+touched: dq 0
+freed: dq 0
