@@ -116,8 +116,27 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-v", "--verbose", action="store_true", help="print exceptions, kernel calls and TLB flushes too")
     _add_machine_options(run)
     run.set_defaults(function=_run)
+    _add_explore(commands)
     _add_state_commands(commands)
     return parser
+
+
+def _add_explore(commands: argparse._SubParsersAction[_Parser]) -> None:
+    explore = commands.add_parser(
+        "explore", help="run a guest under many schedules of its CPUs, until one fails",
+        description="Run a guest for several CPUs under many schedules, stop at the first that its header does not expect, "
+        "and shrink that to the fewest preemptions.",
+        epilog="exit status: 0 every schedule ended as expected, 1 one did not, 2 wrong use or bad input",
+    )
+    explore.add_argument("file", metavar="FILE", help="guest program")
+    explore.add_argument("--schedules", type=_integer(1, 1 << 32), default=1000, metavar="N",
+                         help="how many at most (default 1000)")
+    explore.add_argument("--preemptions", type=_integer(0, 16), default=2, metavar="N",
+                         help="try all schedules with up to so many preemptions before random ones (default 2)")
+    explore.add_argument("--jobs", type=_integer(1, 256), default=1, metavar="N", help="processes that share the work (default 1)")
+    explore.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_machine_options(explore)
+    explore.set_defaults(function=_explore)
 
 
 def _add_state_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -182,6 +201,24 @@ def _run(arguments: argparse.Namespace) -> int:
     if errors:
         return WRONG_USE
     return OK if all(result.ok for result in results) else FINDING
+
+
+def _explore(arguments: argparse.Namespace) -> int:
+    from emu import report
+    from emu.explore import explore_file
+
+    try:
+        explored = explore_file(
+            arguments.file, _overrides(arguments), arguments.schedules, arguments.preemptions, arguments.jobs
+        )
+    except GuestError as error:
+        print(f"vmemu: {error}", file=sys.stderr)
+        return WRONG_USE
+    except (ValueError, MemoryError) as error:
+        print(f"vmemu: {arguments.file}: {error}", file=sys.stderr)
+        return WRONG_USE
+    print(report.dump_json(report.explored_json(explored)) if arguments.json else report.explored_text(explored))
+    return OK if explored.found is None else FINDING
 
 
 class _BadInput(Exception):

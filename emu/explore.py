@@ -10,6 +10,7 @@ Every schedule is named by a string (emu/turns.py), which `vmemu run --schedule`
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import marshal
 import mmap
@@ -20,11 +21,14 @@ from dataclasses import dataclass
 from random import Random
 
 from emu.config import MachineConfig
+from emu.guest.directives import MachineOptions
 from emu.guest.expect import Outcome, judge
 from emu.guest.link import Linked
+from emu.guest.load import load
 from emu.guest.program import Program
 from emu.machine import Machine
-from emu.turns import Clock, Plain, Policy, Scheduled, Step
+from emu.run import RunResult, configure, run_program
+from emu.turns import Clock, Plain, Policy, Scheduled, Step, format_schedule
 from emu.visible import invisible_run, is_visible, next_instruction
 
 DEFAULT_SCHEDULES = 1000
@@ -297,6 +301,35 @@ class Explorer:
                     current, tried, shorter = without, attempt, True
                     break
         return current, tried
+
+
+@dataclass(frozen=True, slots=True)
+class ExploredFile:
+    """What the exploration of a guest came to; `result` is the run of the shrunk schedule, if one failed."""
+
+    path: str
+    schedules: int
+    exhausted: bool
+    found: str | None
+    schedule: str
+    result: RunResult | None
+
+
+def explore_file(path: str, overrides: MachineOptions, schedules: int, preemptions: int, jobs: int) -> ExploredFile:
+    """Explore one guest. Raises GuestError for bad input, ValueError or MemoryError for a machine that cannot be."""
+    program = load(path)
+    config, limit = configure(program.directives.machine, overrides)
+    if config.schedule:
+        raise ValueError(f"schedule is {config.schedule!r}; an exploration makes its own")
+    if config.cpus == 1:
+        raise ValueError("number of CPUs is 1; there is nothing to interleave (--cpus N)")
+    explorer = Explorer(program, config, limit)
+    explored = explorer.explore(schedules, preemptions, config.seed, jobs)
+    if explored.found is None:
+        return ExploredFile(path, explored.schedules, explored.exhausted, None, "", None)
+    schedule = format_schedule(explored.shrunk)
+    result = run_program(program, dataclasses.replace(overrides, schedule=schedule))
+    return ExploredFile(path, explored.schedules, False, format_schedule(explored.found), schedule, result)
 
 
 def _words(step: Step) -> tuple[int, int, int | None]:

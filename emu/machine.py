@@ -142,8 +142,6 @@ class Machine:
         return self.config.tlbsan and not self.config.native and self.config.tlb != TlbMode.NONE
 
     def _policy(self) -> Policy:
-        if self.config.schedule:
-            return Scheduled(parse_schedule(self.config.schedule, self.config.cpus))
         return Alone() if self.config.cpus == 1 else RoundRobin(self.config.quantum)
 
     def _sanitize(self, tlbsan: TlbSan, cpu: Cpu) -> None:
@@ -267,6 +265,9 @@ class Machine:
         self._returned = None
         self._registers = {}
         self._counted = self._count()
+        if self.config.schedule:
+            # A schedule counts from here: the loading of the guest must not use it up.
+            self.hub.policy = Scheduled(parse_schedule(self.config.schedule, self.config.cpus))
         self.hub.start()
         kernel.sched.start(thread)
         if interrupt:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from emu.exceptions import HAS_ERROR_CODE
+from emu.explore import ExploredFile
 from emu.guest.directives import VECTOR_NAMES
 from emu.guest.expect import Fault
 from emu.kernel.kernel import Kernel
@@ -90,6 +91,32 @@ def event_text(event: Event) -> str:
 
 def _range_text(start: int, end: int) -> str:
     return "everything" if end - start >> 64 else f"{start:#x}-{end:#x}"
+
+
+def explored_text(explored: ExploredFile) -> str:
+    """What was explored; on a failure the report of the shrunk schedule, and the command that plays it again."""
+    ran = f"{explored.schedules} schedule{'s' if explored.schedules != 1 else ''}"
+    if explored.found is None:
+        rest = ", all there are with so few preemptions" if explored.exhausted else ""
+        return f"PASS {explored.path}: {ran}{rest}, and each ended as expected"
+    lines = [run_text(explored.result)] if explored.result is not None else []
+    lines.append("")
+    lines.append(f"vmemu: schedule {explored.schedules} fails; again, with as few preemptions as can be:")
+    lines.append(f"vmemu run {explored.path} --schedule '{explored.schedule}'")
+    return "\n".join(lines)
+
+
+def explored_json(explored: ExploredFile) -> dict[str, Any]:
+    """The same as plain data; docs/json.md describes it."""
+    return {
+        "file": explored.path,
+        "ok": explored.found is None,
+        "schedules": explored.schedules,
+        "exhausted": explored.exhausted,
+        "found": explored.found,
+        "schedule": explored.schedule,
+        "run": None if explored.result is None else run_json(explored.result),
+    }
 
 
 def run_json(result: RunResult) -> dict[str, Any]:

@@ -6,7 +6,8 @@ A schedule string names preemptions and injections, separated by commas, each ti
     1@20!nmi    an NMI arrives on CPU 1 before its 21st instruction
     1@20!0xfd   an interrupt with this vector does
 
-Between them a CPU runs until it has nothing to do, or has run for FAIR instructions while another one could.
+The string "plain" has no steps. Between steps a CPU runs until it has nothing to do, or has run for FAIR instructions while
+another one could.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ FAIR = 100_000
 NMI = 2
 # The CPU of the last turn before the first one.
 NOBODY = -1
+PLAIN = "plain"
 _STEP = re.compile(r"(\d+)@(\d+)(?:>(\d+)|!(nmi|0x[0-9a-f]+|\d+))")
 
 
@@ -118,12 +120,14 @@ class Step:
 
 
 def parse_schedule(text: str, cpus: int) -> tuple[Step, ...]:
-    """The steps of a schedule string. Raises ValueError that names the part that is wrong."""
+    """The steps of a schedule string; "plain" has none. Raises ValueError that names the part that is wrong."""
+    if text == PLAIN:
+        return ()
     steps = []
     for part in text.split(","):
         found = _STEP.fullmatch(part.strip())
         if found is None:
-            raise ValueError(f"schedule has {part.strip()!r}; it must be CPU@COUNT>CPU, CPU@COUNT!nmi or CPU@COUNT!VECTOR")
+            raise ValueError(f"schedule has {part.strip()!r}; it must be plain, CPU@COUNT>CPU, CPU@COUNT!nmi or CPU@COUNT!VECTOR")
         cpu, at, to, vector = found.groups()
         for number in (cpu, to):
             if number is not None and int(number) >= cpus:
@@ -137,7 +141,7 @@ def parse_schedule(text: str, cpus: int) -> tuple[Step, ...]:
 
 def format_schedule(steps: Sequence[Step]) -> str:
     """The string that parse_schedule reads."""
-    return ",".join(str(step) for step in steps)
+    return ",".join(str(step) for step in steps) or PLAIN
 
 
 class Plain:
