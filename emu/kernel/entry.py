@@ -7,6 +7,7 @@ decision of emu/kernel/traps.py or fault.py is taken and printed, and the contex
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from emu.kernel.kernel import Kernel
 
 _WORD = 8
+# RIP, CS, RFLAGS, RSP, SS as the CPU pushes them.
+_FRAME = struct.Struct("<5Q")
 
 
 class End(Enum):
@@ -69,7 +72,7 @@ class ExceptionEntry:
             frame_la = rsp + _WORD
         else:
             frame_la = rsp
-        ip, cs, flags, sp, ss = (int.from_bytes(cpu.read(frame_la + _WORD * n, _WORD), "little") for n in range(5))
+        ip, cs, flags, sp, ss = _FRAME.unpack(cpu.read(frame_la, _FRAME.size))
         self.pti.enter(cpu, vector, cs, frame_la)
         regs = read_pt_regs(cpu.reg, ip=ip, cs=cs, flags=flags, sp=sp, ss=ss)
         regs_la = frame_la - PT_REGS_IP
@@ -80,6 +83,15 @@ class ExceptionEntry:
             self._last_regs = {regs_la: regs}
         else:
             activation.entry_regs = {regs_la: regs}
+        # What interrupts is served before anything is gathered that only a report shows.
+        if vector >= traps.FIRST_EXTERNAL_VECTOR and vector != traps.IA32_SYSCALL_VECTOR and self.kernel.irqs.handle(vector):
+            if regs.user_mode:
+                self.kernel.sched.yield_cpu()
+            self._resume(cpu, regs, regs.ip, frame_la)
+            return None
+        if vector == traps.Trap.NMI and self.kernel.irqs.nmi():
+            self._resume(cpu, regs, regs.ip, frame_la)
+            return None
         address = cpu.reg("cr2")
         source = self.oops_source(cpu)
         if vector == traps.Trap.PF:
@@ -91,9 +103,6 @@ class ExceptionEntry:
             bug=self.kernel.bug_entry, warned=self.kernel.warned, code=lambda la, size: self._peek(cpu, la, size),
             gp_access=self.gp_access, levels=self.kernel.layout.levels, context=self._context(cpu),
         )
-        if vector == traps.Trap.NMI and self.kernel.irqs.nmi():
-            self._resume(cpu, regs, regs.ip, frame_la)
-            return None
         action = traps.handle_trap(facts, vector, regs, error, address)
         return self._act(cpu, source, action, regs, frame_la)
 
@@ -110,11 +119,6 @@ class ExceptionEntry:
     def _interrupt(
         self, cpu: KernelCpu, source: OopsSource, vector: int, regs: PtRegs, error: int, frame_la: int
     ) -> Ending | None:
-        if vector >= traps.FIRST_EXTERNAL_VECTOR and vector != traps.IA32_SYSCALL_VECTOR and self.kernel.irqs.handle(vector):
-            if regs.user_mode:
-                self.kernel.sched.yield_cpu()
-            self._resume(cpu, regs, regs.ip, frame_la)
-            return None
         action = self.interrupts.handle(vector, regs, error, cpu.reg("cr2"), cpu.id)
         match action:
             case Syscall():
