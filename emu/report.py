@@ -145,6 +145,8 @@ def run_json(result: RunResult) -> dict[str, Any]:
         "kernel_calls": dict(sorted(result.statistics.kernel_calls.items())),
         "flushes": result.statistics.flushes,
         "full_flushes": result.statistics.full_flushes,
+        "counts": dict(outcome.counts),
+        "tlbsan": list(outcome.reports),
         "log": list(outcome.log),
     }
 

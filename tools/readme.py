@@ -1,6 +1,6 @@
 """Rewrite the console blocks of README.md with what their commands print now: `python tools/readme.py [--check]`.
 
-A block is fenced by ```console and holds commands behind "$ "; only `vmemu` commands and `head` behind a pipe are run. With --check
+A block is fenced by ```console and holds commands behind "$ "; only `vmemu` commands, and `head` or `tail` behind a pipe, are run. With --check
 nothing is written, and the status is 1 when any block is out of date.
 """
 
@@ -31,9 +31,11 @@ def output_of(command: str) -> str:
     text = run.stdout + run.stderr
     tail = command.partition("|")[2].split()
     if tail:
-        if tail[:2] != ["head", "-n"] or len(tail) != 3:
-            raise ValueError(f"only `| head -n N` is understood, not {command!r}")
-        text = "".join(line + "\n" for line in text.splitlines()[: int(tail[2])])
+        if tail[:2] not in (["head", "-n"], ["tail", "-n"]) or len(tail) != 3:
+            raise ValueError(f"only `| head -n N` and `| tail -n N` are understood, not {command!r}")
+        count = int(tail[2])
+        lines = text.splitlines()
+        text = "".join(line + "\n" for line in (lines[:count] if tail[0] == "head" else lines[-count:]))
     return text
 
 
