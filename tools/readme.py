@@ -1,7 +1,7 @@
 """Rewrite the console blocks of README.md with what their commands print now: `python tools/readme.py [--check]`.
 
-A block is fenced by ```console and holds commands behind "$ "; only `vmemu` commands, and `head` or `tail` behind a pipe, are run. With --check
-nothing is written, and the status is 1 when any block is out of date.
+A block is fenced by ```console and holds commands behind "$ "; only `vmemu` commands, and `head` or `tail` behind a pipe, are run.
+With --check nothing is written, and the status is 1 when any block is out of date.
 """
 
 from __future__ import annotations
