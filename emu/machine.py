@@ -151,11 +151,11 @@ class Machine:
         cpu.engine.on_table_store = partial(tlbsan.tables_written, cpu.id)
 
     def _scene(self, cpu: Cpu, sized: bool) -> Scene:
-        """Who makes the access under way on a CPU, for TLBSan; `sized`: with its size, which takes decoding."""
+        """Who makes the access under way on a CPU, for TLBSan; `sized`: with address and size, which takes decoding."""
         reg = cpu.engine.reg if cpu.engine.running else cpu.reg
         found = cpu.memory_accesses(reg("rip")) if sized else ()
-        size = found[0].size if found else 0
-        return kernel_scene(self.kernel, cpu.id, cpu.mmu, reg, size, self.hub.executed(cpu.id))
+        operands = tuple((one.la, one.size, one.write) for one in found)
+        return kernel_scene(self.kernel, cpu.id, cpu.mmu, reg, 0, self.hub.executed(cpu.id), operands)
 
     def _send_ipi(self, number: int, vector: int) -> None:
         """A fixed interrupt through the local APIC; it merges with one of its vector that is pending (SDM vol. 3A 12.8.4)."""

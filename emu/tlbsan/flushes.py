@@ -69,13 +69,16 @@ class Flushes:
                 flush = touching[-1]
                 return f"{_name(flush)} does not cover the page at {key.la:#x}"
         if lazy:
-            return "none yet: the area waits for the next purge"
-        earlier = [flush for flush in self.flushes if flush.moment < store.moment and _covers(flush, la, key)]
-        if earlier:
-            return f"none since the store; {_name(earlier[-1])} came before it"
-        if after:
-            return f"none of the {len(after)} since the store covers the page"
-        return "none since the store"
+            waits = "the area waits for the next purge"
+            same = [flush for flush in self.flushes if flush.moment < store.moment and _is_for(flush, store)]
+            return f"none since the store; {_name(same[-1])} came before it; {waits}" if same else f"none yet: {waits}"
+        since = f"none of the {len(after)} since the store covers the page" if after else "none since the store"
+        # A flush of everything comes before any store: it says nothing about this one, once others have come after it.
+        earlier = [
+            flush for flush in self.flushes
+            if flush.moment < store.moment and _covers(flush, la, key) and not (after and flush.end - flush.start >= EVERYTHING)
+        ]
+        return f"{since}; {_name(earlier[-1])} came before it" if earlier else since
 
 
 def _covers(flush: Flush, la: int, key: Key) -> bool:
@@ -83,6 +86,10 @@ def _covers(flush: Flush, la: int, key: Key) -> bool:
     if key.table:
         return flush.start < key.la + key.size and key.la < flush.end
     return flush.start < key.la + key.size and key.la < flush.end if key.level > 1 else flush.start <= la < flush.end
+
+
+def _is_for(flush: Flush, store: Store) -> bool:
+    return (flush.start, flush.end) == (store.start, store.end)
 
 
 def _name(flush: Flush) -> str:
@@ -94,9 +101,12 @@ def _name(flush: Flush) -> str:
 def _why_kept(flush: Flush, key: Key, cpu: int) -> str:
     cpus = ", ".join(str(number) for number in flush.cpus) or "no CPU"
     if cpu not in flush.cpus:
-        return f"{_name(flush)} covers the page but was not sent to CPU {cpu} (sent to {cpus})"
+        # Linux spares a CPU that has another mm loaded, and has the PCID flushed when that mm is loaded there again.
+        owed = f"; PCID {key.pcid:#x} was to be flushed when it was next loaded there" if key.pcid > 0 else ""
+        return f"{_name(flush)} covers the page but was not sent to CPU {cpu} (sent to {cpus}){owed}"
     if cpu not in flush.done:
-        return f"{_name(flush)} was sent to CPU {cpu}, which has not done it yet"
+        done = ", ".join(str(number) for number in sorted(flush.done)) or "no CPU"
+        return f"{_name(flush)} was asked of CPU {cpu}, which has not done it (done by {done})"
     if key.pcid >= 0:
         return f"{_name(flush)} was done by CPU {cpu}, but did not reach PCID {key.pcid:#x}"
     return f"{_name(flush)} was done by CPU {cpu}, but did not remove the entry"

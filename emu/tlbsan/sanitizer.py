@@ -174,16 +174,17 @@ class TlbSan:
         self._seen.add(seen)
         kernel = self.kernel
         scene = one.describe()
+        la, size = scene.access(use.la, use.access)
         frame = use.pa if use.pa is not None else use.entry.table if isinstance(use.entry, CachedTable) else 0
         if store is None:
             verdict = "unknown: no store was seen that made the entry stale"
         else:
             verdict = self.flushes.verdict(use.key, use.la, cpu, store, lazy=is_lazy(kernel, use.la))
         finding = Finding(
-            self._kind(use, store, differs), cpu, use.la, use.access, use.user, scene.size, scene.rip,
+            self._kind(use, store, differs), cpu, la, use.access, use.user, size, scene.rip,
             kernel.symbol_text(scene.rip), scene.comm, scene.pid, self.time(), scene.trace(), use.entry, use.pa, _now(use), differs,
             one.fills.get(use.key.la >> 12), store, verdict, self.flushes.reached(use.key, store),
-            address_owner(kernel, use.la), frame_owner(kernel, frame >> 12),
+            address_owner(kernel, la), frame_owner(kernel, frame >> 12),
         )
         self.findings.append(finding)
         self.counters.findings += 1

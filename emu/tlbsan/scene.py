@@ -12,13 +12,16 @@ from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.mmu import Mmu
 from emu.mmu.walk import walk
 
+PAGE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
     """A CPU at the moment of an access.
 
     `size` of the access in bytes, 0 if unknown; `instructions` the CPU has executed, 0 where they are not counted. `call` names the
-    exported function that the kernel model executes for it, `caller` the return address; `trace` makes the call trace.
+    exported function that the kernel model executes for it, `caller` the return address; `trace` makes the call trace. `operands`
+    are the memory accesses of the instruction: address, size, whether it is written.
     """
 
     rip: int
@@ -29,6 +32,18 @@ class Scene:
     call: str | None = None
     caller: int = 0
     trace: Callable[[], tuple[str, ...]] = tuple
+    operands: tuple[tuple[int, int, bool], ...] = ()
+
+    def access(self, la: int, access: int) -> tuple[int, int]:
+        """Address and size of the access under way, of which the engine may know no more than that its page begins at `la`."""
+        page = la & -PAGE
+        if access == Access.FETCH:
+            return (self.rip if self.rip & -PAGE == la else la), 0
+        first, last = (page, page + PAGE) if la == page else (la, la + 1)
+        for start, size, writes in self.operands:
+            if (writes or access == Access.READ) and start < last and first < start + size:
+                return max(start, first), size
+        return la, self.size
 
 
 class _Onlooker:
@@ -61,14 +76,17 @@ class _Onlooker:
         raise NotImplementedError(f"{name} would change the CPU that is looked at")
 
 
-def kernel_scene(kernel: Kernel, number: int, mmu: Mmu, reg: Callable[[str], int], size: int = 0, instructions: int = 0) -> Scene:
+def kernel_scene(
+    kernel: Kernel, number: int, mmu: Mmu, reg: Callable[[str], int], size: int = 0, instructions: int = 0,
+    operands: tuple[tuple[int, int, bool], ...] = (),
+) -> Scene:
     """The scene of CPU `number` of a kernel, whose registers `reg` reads by their lower-case names."""
     rip = reg("rip")
     onlooker = _Onlooker(number, mmu, reg)
     thread = kernel.sched.running[number]
     if thread is None:
         # Nothing has been scheduled yet: boot, or the loading of the first module.
-        return Scene(rip, size, instructions)
+        return Scene(rip, size, instructions, operands=operands)
     export = kernel.symbols.exports.get(rip)
 
     def trace() -> tuple[str, ...]:
@@ -82,5 +100,5 @@ def kernel_scene(kernel: Kernel, number: int, mmu: Mmu, reg: Callable[[str], int
 
     return Scene(
         rip, size, instructions, thread.comm, thread.pid, None if export is None else export.name,
-        0 if export is None else kernel.caller, trace,
+        0 if export is None else kernel.caller, trace, operands,
     )
