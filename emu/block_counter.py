@@ -152,6 +152,17 @@ class BlockCounter(Allowance):
         """Address of an instruction of a block, 0 for the first."""
         return block.start + self._starts(block)[index]
 
+    @property
+    def known(self) -> tuple[Block, ...]:
+        """The blocks that were run, in the order of their first runs."""
+        return tuple(self._blocks.values())
+
+    def learn(self, block: Block) -> None:
+        """Know a block before it is run."""
+        if (block.start, block.size) not in self._blocks:
+            self._blocks[block.start, block.size] = block
+            self._insert(block)
+
     def ask(self) -> None:
         """Refuse the next block, whatever is left; may be called from another thread."""
         self._state[_ASKED] = 1

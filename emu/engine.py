@@ -117,6 +117,8 @@ class Engine(CodeReader):
         self.descriptor_pages: set[int] = set()
         self.is_implicit: Callable[[int], bool] = lambda page_la: False
         self._callback_error: Exception | None = None
+        # Makes a function translate in place of the MMU.
+        self.fill_by: Callable[[Callable[[int, int, bool], int]], None] = lambda look_up: None
         mmu.on_drop = self.drop_soft_tlb
         self._hook_translation()
         self.uc.hook_add(UC_HOOK_INTR, self._on_interrupt)
@@ -133,6 +135,11 @@ class Engine(CodeReader):
     def _fail(self, error: Exception) -> None:
         """An error in a callback: the run raises it."""
         self._callback_error = error
+
+    @property
+    def block_counter(self) -> BlockCounter | None:
+        """What counts by blocks, if blocks can be counted."""
+        return self._blocks
 
     @property
     def running(self) -> bool:
@@ -364,6 +371,13 @@ class Engine(CodeReader):
             self._blocks.answer()
         return asked
 
+    def translate(self, la: int, frame: int) -> tuple[int, int]:
+        """Have the block at `la` translated, which `fill_by`'s function lets be fetched; its instructions and bytes."""
+        if la & _PAGE_MASK not in self._code.scanned.get(frame, ()):
+            self._scan(la & _PAGE_MASK, frame)
+        _, count, size = self.uc.ctl_request_cache(la)
+        return count, size
+
     def drop_soft_tlb(self) -> None:
         """Make every later access ask the MMU again."""
         self._fetched.clear()
@@ -388,7 +402,7 @@ class Engine(CodeReader):
     def _make_fill(self) -> Callable[[Uc, int, int, object, object], bool]:
         """The soft TLB's fill callback: a closure, since attribute look-ups would be a tenth of its time."""
         mmu = self.mmu
-        mmu_fill = mmu.fill
+        mmu_fill: Callable[[int, int, bool], int] = mmu.fill
         code_frames = self.memory.code_frames
         code = self._code
         written = code.written
@@ -397,6 +411,12 @@ class Engine(CodeReader):
         fetch = int(Access.FETCH)
         descriptor_pages = self.descriptor_pages
         fetched = self._fetched
+
+        def fill_by(look_up: Callable[[int, int, bool], int]) -> None:
+            nonlocal mmu_fill
+            mmu_fill = look_up
+
+        self.fill_by = fill_by
         storable = self._storable
         blocks = self._blocks
 

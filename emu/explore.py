@@ -1,9 +1,12 @@
 """Schedule explorer: the same guest under many interleavings, until one of them shows a failure.
 
-The machine boots and loads the guest once. A run of it then forks wherever another CPU could take the turn and that could matter
-(emu/visible.py): the child gives the turn away, the parent waits for it and goes on as before. So schedules share what they have
-in common, and each one that differs is run. First come all schedules with one preemption, then those with two, and so on up to a
-bound; then random ones. What is found is shrunk: preemptions are taken away as long as the same failure stays.
+A run in the plain schedule records where another CPU could take the turn and that could matter (emu/visible.py). Each of these
+points is a schedule with one preemption, whose run records where a second could follow, and so on up to a bound; then come random
+ones. What is found is shrunk: preemptions are taken away as long as the same failure stays.
+
+Some machines are booted with the guest loaded, once. A fork of the process runs one schedule on each of them, and ends: the next
+one finds them as they were. One machine would do, but a fork costs as much as several runs: most of it is pages that it copies as
+soon as it writes to them, and several machines share most of those.
 
 Every schedule is named by a string (emu/turns.py), which `vmemu run --schedule` plays again.
 """
@@ -13,12 +16,14 @@ from __future__ import annotations
 import dataclasses
 import gc
 import marshal
-import mmap
 import os
 import re
-from collections.abc import Callable, Sequence
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NoReturn
 
 from emu.config import MachineConfig
 from emu.guest.directives import MachineOptions
@@ -28,16 +33,18 @@ from emu.guest.load import load
 from emu.guest.program import Program
 from emu.machine import Machine
 from emu.run import RunResult, configure, run_program
+from emu.translate_ahead import translate_ahead
 from emu.turns import Clock, Plain, Policy, Scheduled, Step, format_schedule
 from emu.visible import invisible_run, is_visible, next_instruction
 
 DEFAULT_SCHEDULES = 1000
 DEFAULT_PREEMPTIONS = 2
 MAX_JOBS = 256
-# At a point where another CPU could go on, a random schedule preempts once in so many times.
-_RARITY = (2, 4, 8, 16, 32, 64)
+# A random schedule lets a CPU go on for up to so many instructions, one of these numbers for all of it.
+_LONGEST = (2, 8, 32, 64, 256, 1024)
+# How many machines a fork finds booted: more cost more to boot, fewer more per schedule.
+_MACHINES = 16
 _NUMBER = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{12,}\b|\d+")
-_FOUND = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,131 +73,112 @@ class Explored:
     tried: Tried | None
 
 
-class _Exploring:
-    """One process's share of the exploration, in memory that its forks share: how many schedules were run, whether one failed."""
+class _Recording(Scheduled):
+    """A schedule, and after its last step a record of where one more could follow: `points`."""
 
-    def __init__(self, quota: int) -> None:
-        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
-        self._words = memoryview(self._shared).cast("Q")
-        self.quota = quota
-
-    @property
-    def run(self) -> int:
-        """Schedules run so far."""
-        return self._words[0]
-
-    def count(self) -> None:
-        """One more schedule was run."""
-        self._words[0] += 1
-
-    @property
-    def over(self) -> bool:
-        """A failure was found, or the quota is used up."""
-        return bool(self._words[1]) or self._words[0] >= self.quota
-
-    @property
-    def found(self) -> bool:
-        """A failure was found."""
-        return bool(self._words[1])
-
-    def stop(self) -> None:
-        """A failure was found."""
-        self._words[1] = _FOUND
-
-
-class _Branching(Plain):
-    """The plain schedule, and at each point that matters a fork for every CPU that could go on instead.
-
-    `steps` are the preemptions so far, `left` how many may follow. Of the first preemptions those with number `job` modulo `jobs`
-    are this process's.
-    """
-
-    def __init__(self, machine: Machine, exploring: _Exploring, preemptions: int, job: int, jobs: int) -> None:
-        super().__init__()
+    def __init__(self, machine: Machine, steps: Sequence[Step]) -> None:
+        super().__init__(steps)
         self._machine = machine
-        self._exploring = exploring
-        self._job = job
-        self._jobs = jobs
-        self._first = 0
-        self.left = preemptions
-        self.steps: list[Step] = []
+        self.points: list[Step] = []
         self._decided: tuple[int, int] | None = None
 
     def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
-        """None in the process that goes on; the other CPU in the child that gives the turn to it."""
-        if not self.left:
-            return None
+        """What the steps say; behind them nothing, but a point where it matters."""
+        to = super().preempted(cpu, ready, clock)
+        if to is not None or self.waits:
+            return to
         at = clock.executed(cpu)
-        if self._decided == (cpu, at) or not is_visible(next_instruction(self._machine.cpus[cpu], self._machine.cpus[cpu].rip)):
-            return None
+        if self._decided != (cpu, at) and len(ready) > 1 and _matters(self._machine, cpu):
+            self.points += [Step(cpu, at, other) for other in ready if other != cpu]
         self._decided = cpu, at
-        for to in ready:
-            if to == cpu:
-                continue
-            if not self.steps:
-                self._first += 1
-                if (self._first - 1) % self._jobs != self._job:
-                    continue
-            if self._exploring.over:
-                break
-            child = os.fork()
-            if not child:
-                self.left -= 1
-                self.steps.append(Step(cpu, at, to))
-                return to
-            _join(child)
         return None
 
     def bound(self, cpu: int, budget: int, clock: Clock) -> int:
-        """Up to the next instruction that matters, as long as a preemption may follow."""
-        return min(budget, invisible_run(self._machine.cpus[cpu])) if self.left else budget
+        """Up to the next step; behind the last one, to the next instruction that matters."""
+        budget = super().bound(cpu, budget, clock)
+        return budget if self.waits else min(budget, invisible_run(self._machine.cpus[cpu]))
 
 
 class _Wandering(Plain):
-    """A random schedule: at each point that matters, now and then, any CPU that could go on does."""
+    """A random schedule: CPUs go on for random numbers of instructions, and to the next one that matters."""
 
     def __init__(self, machine: Machine, random: Random) -> None:
         super().__init__()
         self._machine = machine
         self._random = random
-        self._rarity = random.choice(_RARITY)
+        self._longest = random.choice(_LONGEST)
+        self._until: dict[int, int] = {}
         self.steps: list[Step] = []
-        self._decided: tuple[int, int] | None = None
 
     def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
         """A random CPU, or None."""
         at = clock.executed(cpu)
-        if len(ready) == 1 or self._decided == (cpu, at):
+        until = self._until.get(cpu)
+        if until is not None and (at < until or not _matters(self._machine, cpu)):
             return None
-        if not is_visible(next_instruction(self._machine.cpus[cpu], self._machine.cpus[cpu].rip)):
-            return None
-        self._decided = cpu, at
-        if self._random.randrange(self._rarity):
+        # The one more is so that no two decisions fall on one instruction, of which a schedule names the first.
+        self._until[cpu] = at + 1 + self._random.randrange(self._longest)
+        if until is None or len(ready) == 1:
             return None
         to = self._random.choice([other for other in ready if other != cpu])
         self.steps.append(Step(cpu, at, to))
         return to
 
     def bound(self, cpu: int, budget: int, clock: Clock) -> int:
-        """Up to the next instruction that matters."""
-        return min(budget, invisible_run(self._machine.cpus[cpu]))
+        """What is left of the random number, then up to the next instruction that matters."""
+        left = self._until[cpu] - clock.executed(cpu)
+        return min(budget, left if left > 0 else invisible_run(self._machine.cpus[cpu]))
+
+
+def _matters(machine: Machine, cpu: int) -> bool:
+    return is_visible(next_instruction(machine.cpus[cpu], machine.cpus[cpu].rip))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One schedule to run: its steps, or a random one by number; `record`: where one more preemption could follow."""
+
+    steps: tuple[Step, ...] = ()
+    number: int | None = None
+    record: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What became of a task: its failures, the steps of a schedule that it chose itself, and the points it recorded."""
+
+    tried: Tried
+    steps: tuple[Step, ...]
+    points: tuple[Step, ...]
 
 
 class Explorer:
-    """A guest, and a booted machine with it loaded, ready to be forked. Raises GuestError, ValueError, MemoryError."""
+    """A guest, and booted machines with it loaded, ready to be forked. Raises GuestError, ValueError, MemoryError."""
 
     def __init__(self, program: Program, config: MachineConfig, limit: int) -> None:
         self.program = program
         self.config = config
         self.limit = limit
-        # What forks would each have to do for themselves is done once: caches of decoded code fill on a machine of its own.
-        first, linked = self._boot()
-        self.plain = self._judge(self._run(first, linked, Scheduled(())))
-        self.machine, self.linked = self._boot()
+        machine, linked = self._boot()
+        policy = _Recording(machine, ())
+        self.plain = self._judge(self._run(machine, linked, policy))
+        self._points = tuple(policy.points)
+        # What forks would each have to translate for themselves is translated once.
+        counters = [cpu.engine.block_counter for cpu in machine.cpus]
+        self._code = [() if counter is None else counter.known for counter in counters]
+        self._ready: list[tuple[Machine, Linked]] = []
 
     def _boot(self) -> tuple[Machine, Linked]:
         machine = Machine(self.config, limit=self.limit)
         return machine, machine.load(self.program)[1]
+
+    def _boot_ready(self, count: int) -> None:
+        """Have so many machines ready, each as the first was before it ran."""
+        while len(self._ready) < count:
+            machine, linked = self._boot()
+            for cpu, blocks in zip(machine.cpus, self._code, strict=True):
+                translate_ahead(cpu.engine, blocks)
+            self._ready.append((machine, linked))
 
     def _run(self, machine: Machine, linked: Linked, policy: Policy) -> Outcome:
         machine.hub.policy = policy
@@ -201,11 +189,7 @@ class Explorer:
 
     def attempt(self, steps: Sequence[Step]) -> Tried:
         """Run one schedule in a fork."""
-
-        def work(send: Callable[[object], None]) -> None:
-            send(list(self._judge(self._run(self.machine, self.linked, Scheduled(steps))).failures))
-
-        return Tried(tuple(_forked(work)[0]))  # type: ignore[arg-type]
+        return self._fork([_Task(tuple(steps))], 0).results()[0].tried
 
     def run_here(self, steps: Sequence[Step]) -> tuple[Outcome, Machine]:
         """Run one schedule on a machine of its own, to look at."""
@@ -213,78 +197,80 @@ class Explorer:
         return self._run(machine, linked, Scheduled(steps)), machine
 
     def explore(self, schedules: int, preemptions: int, seed: int, jobs: int = 1) -> Explored:
-        """Run up to `schedules` schedules in `jobs` processes, each with its share of them.
+        """Run up to `schedules` schedules in `jobs` processes at a time.
 
-        The result depends on all four arguments, never on the host.
+        The result depends on the first three arguments, never on `jobs` or the host.
         """
         if self.plain.failures:
             return Explored(1, False, (), (), self.plain)
         if self.config.cpus == 1:
             return Explored(1, True, None, (), None)
-        gc.collect()
-        gc.freeze()
-        run, found, exhausted = 1, None, False
+        run, exhausted = 1, False
+        following: list[tuple[Step, ...]] = [(step,) for step in self._points]
         for number in range(1, preemptions + 1):
             # Pairs and more leave half of what is left to random schedules.
             share = (schedules - run + number - 1) // (1 if number == 1 else 2)
-            counted, found, exhausted = self._pass(share, jobs, number)
-            run += counted
-            if found is not None or not exhausted:
+            exhausted = len(following) <= share
+            tasks = [_Task(steps, record=number < preemptions) for steps in following[:share]]
+            following = []
+            for done in self._run_all(tasks, seed, jobs):
+                run += 1
+                if done.tried.failures:
+                    return self._found(run, done.steps)
+                if len(following) <= schedules:
+                    following += [(*done.steps, point) for point in done.points]
+            if not exhausted:
                 break
-        if found is None and run < schedules:
-            counted, found, _ = self._pass(schedules - run, jobs, 0, seed)
-            run += counted
-        if found is None:
-            return Explored(run, exhausted, None, (), None)
-        shrunk, tried = self.shrink(found)
-        return Explored(run, False, found, shrunk, tried)
+        for done in self._run_all([_Task(number=number) for number in range(schedules - run)], seed, jobs):
+            run += 1
+            if done.tried.failures:
+                return self._found(run, done.steps)
+        return Explored(run, exhausted, None, (), None)
 
-    def _pass(
-        self, schedules: int, jobs: int, preemptions: int, seed: int = 0
-    ) -> tuple[int, tuple[Step, ...] | None, bool]:
-        """All schedules with so many preemptions, random ones with 0; `schedules` at most.
+    def _found(self, run: int, steps: tuple[Step, ...]) -> Explored:
+        shrunk, tried = self.shrink(steps)
+        return Explored(run, False, steps, shrunk, tried)
 
-        Returns how many were run, the first job's failing one, and whether every job came to its end within its share.
-        """
-        shares = [_Exploring(schedules // jobs + (job < schedules % jobs)) for job in range(jobs)]
+    def _run_all(self, tasks: Sequence[_Task], seed: int, jobs: int) -> Iterator[_Done]:
+        """Run tasks, in forks that each do as many as there are machines; the results come in the order of the tasks."""
+        size = min(_MACHINES, -(-len(tasks) // jobs))
+        self._boot_ready(size)
+        under_way: deque[_Fork] = deque()
+        gc.collect()
+        gc.freeze()
+        try:
+            for start in range(0, len(tasks), max(size, 1)):
+                under_way.append(self._fork(tasks[start : start + size], seed))
+                if len(under_way) == jobs:
+                    yield from under_way.popleft().results()
+            while under_way:
+                yield from under_way.popleft().results()
+        finally:
+            for fork in under_way:
+                fork.results()
+            gc.unfreeze()
 
-        def worker(job: int) -> Callable[[Callable[[object], None]], None]:
-            def work(send: Callable[[object], None]) -> None:
-                if preemptions:
-                    self._branch(_Branching(self.machine, shares[job], preemptions, job, jobs), shares[job], send)
-                else:
-                    self._wander(shares[job], seed, job, jobs, send)
+    def _fork(self, tasks: Sequence[_Task], seed: int) -> _Fork:
+        self._boot_ready(len(tasks))
 
-            return work
+        def work() -> list[_Sent]:
+            return [self._do(task, seed, *ready) for task, ready in zip(tasks, self._ready, strict=False)]
 
-        results = [_forked(work) for work in [worker(0)]] if jobs == 1 else _forked_all([worker(job) for job in range(jobs)])
-        found = next((tuple(Step(*step) for step in sent[0]) for sent in results if sent), None)  # type: ignore[attr-defined]
-        return sum(share.run for share in shares), found, all(share.run < share.quota for share in shares)
+        return _Fork(work)
 
-    def _branch(self, policy: _Branching, exploring: _Exploring, send: Callable[[object], None]) -> None:
-        tried = self._judge(self._run(self.machine, self.linked, policy))
-        # The trunk, and whatever preempted less often than it might, was run in a pass before.
-        if policy.left:
-            return
-        exploring.count()
-        if tried.failures and not exploring.found:
-            exploring.stop()
-            send([_words(step) for step in policy.steps])
-
-    def _wander(self, exploring: _Exploring, seed: int, job: int, jobs: int, send: Callable[[object], None]) -> None:
-        for number in range(exploring.quota):
-            child = os.fork()
-            if not child:
-                policy = _Wandering(self.machine, Random(seed << 64 | number * jobs + job))
-                tried = self._judge(self._run(self.machine, self.linked, policy))
-                if tried.failures:
-                    exploring.stop()
-                    send([_words(step) for step in policy.steps])
-                return
-            _join(child)
-            exploring.count()
-            if exploring.found:
-                return
+    def _do(self, task: _Task, seed: int, machine: Machine, linked: Linked) -> _Sent:
+        steps, points = list(task.steps), []
+        if task.number is not None:
+            policy = _Wandering(machine, Random(seed << 64 | task.number))
+            outcome = self._run(machine, linked, policy)
+            steps = policy.steps
+        elif task.record:
+            recording = _Recording(machine, steps)
+            outcome = self._run(machine, linked, recording)
+            points = recording.points
+        else:
+            outcome = self._run(machine, linked, Scheduled(steps))
+        return list(self._judge(outcome).failures), [_words(step) for step in steps], [_words(step) for step in points]
 
     def shrink(self, steps: Sequence[Step]) -> tuple[tuple[Step, ...], Tried]:
         """The fewest of the steps, in their order, that still fail in the same way: none can be left out."""
@@ -332,55 +318,48 @@ def explore_file(path: str, overrides: MachineOptions, schedules: int, preemptio
     return ExploredFile(path, explored.schedules, False, format_schedule(explored.found), schedule, result)
 
 
-def _words(step: Step) -> tuple[int, int, int | None]:
+_Words = tuple[int, int, int | None]
+_Sent = tuple[list[str], list[_Words], list[_Words]]
+
+
+def _words(step: Step) -> _Words:
     return step.cpu, step.at, step.to
 
 
-def _join(child: int) -> None:
-    _, status = os.waitpid(child, 0)
-    if status:
-        raise RuntimeError(f"a schedule's process ended with status {status}")
+class _Fork:
+    """A process that does `work`, and its results."""
 
-
-def _forked(work: Callable[[Callable[[object], None]], None]) -> list[object]:
-    """What `work`, and forks of its own, send from a fork."""
-    return _forked_all([work])[0]
-
-
-def _forked_all(works: Sequence[Callable[[Callable[[object], None]], None]]) -> list[list[object]]:
-    children = []
-    for work in works:
-        read_end, write_end = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(read_end)
+    def __init__(self, work: Callable[[], list[_Sent]]) -> None:
+        self._read_end, write_end = os.pipe()
+        self._child = os.fork()
+        if not self._child:
+            os.close(self._read_end)
             _work(work, write_end)
         os.close(write_end)
-        children.append((child, read_end))
-    results: list[list[object]] = []
-    for child, read_end in children:
-        sent: list[object] = []
-        with open(read_end, "rb") as pipe:
-            while True:
-                try:
-                    sent.append(marshal.load(pipe))
-                except EOFError:
-                    break
-        _join(child)
-        results.append(sent)
-    return results
+
+    def results(self) -> list[_Done]:
+        """Wait for the process; to be called once. Raises RuntimeError if it did not come to its end."""
+        with open(self._read_end, "rb") as pipe:
+            sent = pipe.read()
+        _, status = os.waitpid(self._child, 0)
+        if status:
+            raise RuntimeError(f"the process of some schedules ended with status {status}")
+        results: list[_Sent] = marshal.loads(sent)
+        return [
+            _Done(Tried(tuple(failures)), tuple(Step(*step) for step in steps), tuple(Step(*point) for point in points))
+            for failures, steps, points in results
+        ]
 
 
-def _work(work: Callable[[Callable[[object], None]], None], pipe: int) -> None:
-    """Do the work of a fork, and end it; a fork of the fork comes out here too."""
+def _work(work: Callable[[], list[_Sent]], pipe: int) -> NoReturn:
+    """Do the work of a fork, and end it."""
     status = 1
     gc.disable()
     try:
-        work(lambda data: _send(pipe, data))
+        with open(pipe, "wb") as sent:
+            sent.write(marshal.dumps(work()))
         status = 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def _send(pipe: int, data: object) -> None:
-    os.write(pipe, marshal.dumps(data))  # type: ignore[arg-type]

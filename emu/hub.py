@@ -66,6 +66,8 @@ class Hub:
         self._end: int | None = None
         self._last = NOBODY
         self._paused = False
+        # The last turn ended because it was given no more, which the policy may have done for its own sake only.
+        self._cut = False
         self._start = [0] * len(cpus)
         # Told of the CPU whose turn is over.
         self.on_turn: Callable[[int], None] = lambda cpu: None
@@ -97,7 +99,7 @@ class Hub:
         self._start = [0] * len(self.cpus)
         self._start = [self.executed(cpu.id) for cpu in self.cpus]
         self._last = NOBODY
-        self._paused = False
+        self._paused = self._cut = False
 
     def _left(self) -> int | None:
         """Instructions that may still be executed; None without a bound."""
@@ -115,13 +117,15 @@ class Hub:
             if ready and self._left() == 0:
                 return Finish(Final.LIMIT, self._last, LimitReached(self.cpus[max(0, self._last)].rip))
             if not ready:
+                self._end_turn()
                 timer = self.sched.next_timer()
                 if timer is None:
                     return Finish(Final.DEADLOCK, self._last)
                 self.sched.advance(timer.time)
                 continue
             finish = self._turn(ready)
-            self.on_turn(self._last)
+            if not self._cut:
+                self.on_turn(self._last)
             if finish is not None:
                 return finish
         return Finish(Final.DONE, self._last)
@@ -133,6 +137,7 @@ class Hub:
             ready = [cpu.id for cpu in self.cpus if cpu.id != here and self.is_ready(cpu.id)]
             finish = self._turn(ready) if ready else Finish(Final.DEADLOCK, here)
             assert finish is None, f"CPU {here} waits for what never comes: {finish}"
+            self._cut = False
             self.sched.cpus.current = here
 
     def quiesce(self) -> Finish:
@@ -150,6 +155,10 @@ class Hub:
             return activation.condition() or cpu.interruptible
         return True
 
+    def _timer_is_due(self) -> bool:
+        timer = self.sched.next_timer()
+        return timer is not None and timer.time <= self.sched.time()
+
     def _fire_timers(self) -> None:
         timer = self.sched.next_timer()
         if timer is None or timer.time > self.sched.time():
@@ -160,6 +169,9 @@ class Hub:
 
     def _turn(self, ready: Sequence[int]) -> Finish | None:
         turn = self.policy.turn(ready, self._last, self._paused, self)
+        if turn.fresh or turn.cpu != self._last:
+            self._end_turn()
+        self._cut = False
         number = self._last = turn.cpu
         self._paused = False
         cpu, sched = self.cpus[number], self.sched
@@ -186,15 +198,24 @@ class Hub:
                 sched.spinning[number] = False
                 left = None if end is None else end - self.executed(number)
                 if left is not None and left <= 0:
+                    self._cut = not self._timer_is_due()
                     return None
                 result = self._execute(number, left)
             if isinstance(result, TurnOver):
                 self._paused = result.paused
+                self._cut = not (result.paused or self._timer_is_due())
                 return None
             if isinstance(result, Finish):
                 return result
             if end is not None and self.executed(number) >= end:
+                self._cut = not self._timer_is_due()
                 return None
+
+    def _end_turn(self) -> None:
+        """A turn that was cut is over after all."""
+        if self._cut:
+            self._cut = False
+            self.on_turn(self._last)
 
     def _execute(self, number: int, budget: int | None) -> TurnOver | Finish | None:
         """Run a CPU until it stops, and do what the stop asks for."""

@@ -37,10 +37,14 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A CPU's turn: at most `budget` instructions; None until it stops by itself."""
+    """A CPU's turn: at most `budget` instructions; None until it stops by itself.
+
+    Not `fresh`: the CPU's last turn, which was cut only to look at it, goes on as if it had not been.
+    """
 
     cpu: int
     budget: int | None
+    fresh: bool = True
 
 
 class Policy(Protocol):
@@ -149,12 +153,16 @@ class Plain:
 
     def __init__(self) -> None:
         self._since = 0
+        self._cut = False
 
     def turn(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> Turn:
         """The CPU that goes on, until it has run long enough."""
         cpu = self.choose(ready, last, paused, clock)
-        budget = FAIR - (clock.executed(cpu) - self._since)
-        return Turn(cpu, self.bound(cpu, max(1, budget), clock))
+        budget = max(1, FAIR - (clock.executed(cpu) - self._since))
+        bound = self.bound(cpu, budget, clock)
+        fresh = cpu != last or paused or not self._cut
+        self._cut = bound < budget
+        return Turn(cpu, bound, fresh)
 
     def choose(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> int:
         """The next CPU: the last one if it may go on, unless `preempted` says otherwise."""
@@ -191,6 +199,11 @@ class Scheduled(Plain):
         self._waiting: dict[int, list[Step]] = {}
         for step in steps:
             self._waiting.setdefault(step.cpu, []).append(step)
+
+    @property
+    def waits(self) -> bool:
+        """Some step's time has not come."""
+        return any(self._waiting.values())
 
     def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
         """What the steps say whose time has come."""

@@ -20,7 +20,7 @@ LAYERS = [
         "emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions",
         "emu.cpuid", "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter",
         "emu.code_pages", "emu.code_reader", "emu.interception", "emu.stop_reason", "emu.privileged_opcodes",
-        "emu.operands", "emu.decode", "emu.rflags",
+        "emu.operands", "emu.decode", "emu.rflags", "emu.translate_ahead",
     ],
     ["emu.kernel"],
     ["emu.guest"],
