@@ -123,7 +123,7 @@ class Machine:
         )
         kernel.vmalloc.debug_pagealloc = config.debug_pagealloc
         self.hub = Hub(self.cpus, kernel.sched, kernel.text, self, self._policy(), limit)
-        self.hub.on_turn = kernel.on_turn
+        self.hub.on_turn = self._on_turn
         self.tlbsan = TlbSan(kernel, track=track, time=lambda: self.hub.total() or 0) if self._sanitizes else None
         if self.tlbsan is not None:
             self.tlbsan.on_finding = lambda finding: kernel.print_lines(lines(finding))
@@ -135,6 +135,11 @@ class Machine:
         self._registers: dict[str, int] = {}
         # What the counters showed when the guest was called.
         self._counted: dict[str, int] = {}
+
+    def _on_turn(self, number: int) -> None:
+        self.kernel.on_turn(number)
+        if self.tlbsan is not None:
+            self.tlbsan.turn_over()
 
     @property
     def _sanitizes(self) -> bool:

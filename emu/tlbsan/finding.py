@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -36,7 +36,8 @@ class Store:
     """A change of page tables that left entries stale in some CPU.
 
     `moment` orders stores, flushes and invalidations; `time` is the machine's. `call` is the exported function under way and
-    `caller` who called it; `trace` the call trace, only if it was tracked. `area` is what held the address then.
+    `caller` who called it; `trace` the call trace, only if it was tracked. `area` is what held the address then. `is_under_way`
+    tells whether the kernel code that made it has not returned yet.
     """
 
     number: int
@@ -50,6 +51,7 @@ class Store:
     caller: str | None
     trace: tuple[str, ...]
     area: object | None
+    is_under_way: Callable[[], bool] = field(default=lambda: False, compare=False, repr=False)
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from emu.trace import Event, FlushIssued, TlbFlushed
 
 GUEST_STORE = "a store of the program"
 NOTHING_TRACKED = Tracking()
+USER_END = 1 << 63
 _FEW = 1024
 
 
@@ -57,6 +58,8 @@ class TlbSan:
         self._moment = 0
         self._stores = 0
         self._seen: set[tuple[int, int, int]] = set()
+        # CPUs that made a use which is legal for now: what their soft cache took from it must not hide a later one.
+        self._allowed: set[int] = set()
         kernel.pages.table_changes.tell = self.on_change
 
     def attach(
@@ -116,8 +119,21 @@ class TlbSan:
         return Store(
             self._stores, self._moment, self.time(), cpu, start, end, function, None if by_guest else scene.call,
             kernel.symbol_text(where) if where else None,
-            scene.trace() if self._stores in self.track.stores else (), area_at(kernel, start),
+            scene.trace() if self._stores in self.track.stores else (), area_at(kernel, start), self._under_way(),
         )
+
+    def _under_way(self) -> Callable[[], bool]:
+        activation = self.kernel.sched.activation
+        if activation is None:
+            return lambda: False
+        return lambda: activation in activation.thread.activations
+
+    def turn_over(self) -> None:
+        """A CPU's turn is over: what was allowed while a call was under way may not be allowed in the next turn."""
+        if self._allowed:
+            for number in sorted(self._allowed):
+                self._cpus[number].mmu.on_drop()
+            self._allowed.clear()
 
     def _attribute(self, cpu: _Cpu, marks: list[Mark], store: Store) -> None:
         self.counters.marked += len(marks)
@@ -167,6 +183,10 @@ class TlbSan:
     def _used(self, cpu: int, use: StaleUse) -> None:
         one = self._cpus[cpu]
         store, differs = self._culprit(one, use)
+        kind = self._kind(use, store, differs)
+        if store is not None and _is_allowed_yet(kind, use, store):
+            self._allowed.add(cpu)
+            return
         seen = cpu, use.la >> 12, 0 if store is None else store.number
         if seen in self._seen:
             self.counters.repeated += 1
@@ -181,7 +201,7 @@ class TlbSan:
         else:
             verdict = self.flushes.verdict(use.key, use.la, cpu, store, lazy=is_lazy(kernel, use.la))
         finding = Finding(
-            self._kind(use, store, differs), cpu, la, use.access, use.user, size, scene.rip,
+            kind, cpu, la, use.access, use.user, size, scene.rip,
             kernel.symbol_text(scene.rip), scene.comm, scene.pid, self.time(), scene.trace(), use.entry, use.pa, _now(use), differs,
             one.fills.get(use.key.la >> 12), store, verdict, self.flushes.reached(use.key, store),
             address_owner(kernel, la), frame_owner(kernel, frame >> 12),
@@ -228,6 +248,18 @@ class TlbSan:
         self.counters.uses = sum(cpu.watch.uses for cpu in self._cpus.values())
         self.counters.legal = self.counters.uses - self.counters.findings - self.counters.repeated
         return self.counters
+
+
+def _is_allowed_yet(kind: Kind, use: StaleUse, store: Store) -> bool:
+    """Whether the use is one that only the return of the call that made the store forbids.
+
+    set_memory_ro and its like promise their protection when they return: they change entries first and flush then (v6.12
+    arch/x86/mm/pat/set_memory.c), and an access of another CPU meanwhile comes before or after as hardware likes. So it is with
+    user addresses, whose frames are freed after the flush. A kernel address that is unmapped nobody may use even before that.
+    """
+    if kind is Kind.REVOKED_RIGHTS or (kind is Kind.USE_AFTER_UNMAP and use.la < USER_END):
+        return store.is_under_way()
+    return False
 
 
 def _now(use: StaleUse) -> str:
