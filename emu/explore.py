@@ -20,10 +20,15 @@ import os
 import re
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from random import Random
 from typing import NoReturn
+
+from greenlet import getcurrent, greenlet
 
 from emu.config import MachineConfig
 from emu.guest.directives import MachineOptions
@@ -34,7 +39,7 @@ from emu.guest.program import Program
 from emu.machine import Machine
 from emu.run import RunResult, configure, run_program
 from emu.translate_ahead import translate_ahead
-from emu.turns import Clock, Plain, Policy, Scheduled, Step, format_schedule
+from emu.turns import Clock, Plain, Policy, Scheduled, Step, Turn, format_schedule
 from emu.visible import invisible_run, is_visible, next_instruction
 
 DEFAULT_SCHEDULES = 1000
@@ -44,6 +49,8 @@ MAX_JOBS = 256
 _LONGEST = (2, 8, 32, 64, 256, 1024)
 # How many machines a fork finds booted: more cost more to boot, fewer more per schedule.
 _MACHINES = 16
+# Of so many steps each two are left out together, which may be a preemption and the way back from it.
+_PAIRED = 24
 _NUMBER = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{12,}\b|\d+")
 
 
@@ -130,6 +137,46 @@ class _Wandering(Plain):
         return min(budget, left if left > 0 else invisible_run(self._machine.cpus[cpu]))
 
 
+class _Holding(Plain):
+    """The plain schedule up to `point`, where the run is held until it is told by which policy it goes on."""
+
+    def __init__(self, machine: Machine, point: Step) -> None:
+        super().__init__()
+        self._machine = machine
+        self._point = point
+
+    def turn(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> Turn:
+        """The turn of the plain schedule, or of the policy that takes over."""
+        if last != self._point.cpu or clock.executed(last) != self._point.at or len(ready) == 1:
+            return super().turn(ready, last, paused, clock)
+        policy: Plain = getcurrent().parent.switch()
+        policy.take_over(self)
+        self._machine.hub.policy = policy
+        return policy.turn(ready, last, paused, clock)
+
+    def bound(self, cpu: int, budget: int, clock: Clock) -> int:
+        """Up to the point."""
+        left = self._point.at - clock.executed(cpu)
+        return min(budget, left) if cpu == self._point.cpu and left > 0 else budget
+
+
+class _Held:
+    """A machine with a guest that has run up to the first of `points`, if there is one, and then goes on once."""
+
+    def __init__(self, machine: Machine, points: Sequence[Step], run: Callable[[Policy], Outcome]) -> None:
+        self.machine = machine
+        self._run = greenlet(run)
+        for point in points:
+            self._run.switch(_Holding(machine, point))
+            assert not self._run.dead, "two runs of the plain schedule are the same"
+
+    def go_on(self, policy: Plain) -> Outcome:
+        """The rest of the run."""
+        self._run.parent = getcurrent()
+        outcome: Outcome = self._run.switch(policy)
+        return outcome
+
+
 def _matters(machine: Machine, cpu: int) -> bool:
     return is_visible(next_instruction(machine.cpus[cpu], machine.cpus[cpu].rip))
 
@@ -166,19 +213,19 @@ class Explorer:
         # What forks would each have to translate for themselves is translated once.
         counters = [cpu.engine.block_counter for cpu in machine.cpus]
         self._code = [() if counter is None else counter.known for counter in counters]
-        self._ready: list[tuple[Machine, Linked]] = []
+        self._ready: list[_Held] = []
 
     def _boot(self) -> tuple[Machine, Linked]:
         machine = Machine(self.config, limit=self.limit)
         return machine, machine.load(self.program)[1]
 
     def _boot_ready(self, count: int) -> None:
-        """Have so many machines ready, each as the first was before it ran."""
+        """Have so many machines ready, each at the first point where there is a choice, if there is one."""
         while len(self._ready) < count:
             machine, linked = self._boot()
             for cpu, blocks in zip(machine.cpus, self._code, strict=True):
                 translate_ahead(cpu.engine, blocks)
-            self._ready.append((machine, linked))
+            self._ready.append(_Held(machine, self._points[:1], partial(self._run, machine, linked)))
 
     def _run(self, machine: Machine, linked: Linked, policy: Policy) -> Outcome:
         machine.hub.policy = policy
@@ -203,7 +250,7 @@ class Explorer:
         """
         if self.plain.failures:
             return Explored(1, False, (), (), self.plain)
-        if self.config.cpus == 1:
+        if not self._points:
             return Explored(1, True, None, (), None)
         run, exhausted = 1, False
         following: list[tuple[Step, ...]] = [(step,) for step in self._points]
@@ -213,25 +260,27 @@ class Explorer:
             exhausted = len(following) <= share
             tasks = [_Task(steps, record=number < preemptions) for steps in following[:share]]
             following = []
-            for done in self._run_all(tasks, seed, jobs):
-                run += 1
-                if done.tried.failures:
-                    return self._found(run, done.steps)
-                if len(following) <= schedules:
-                    following += [(*done.steps, point) for point in done.points]
+            with closing(self._run_all(tasks, seed, jobs)) as results:
+                for done in results:
+                    run += 1
+                    if done.tried.failures:
+                        return self._found(run, done)
+                    if len(following) <= schedules:
+                        following += [(*done.steps, point) for point in done.points]
             if not exhausted:
                 break
-        for done in self._run_all([_Task(number=number) for number in range(schedules - run)], seed, jobs):
-            run += 1
-            if done.tried.failures:
-                return self._found(run, done.steps)
+        with closing(self._run_all([_Task(number=number) for number in range(schedules - run)], seed, jobs)) as results:
+            for done in results:
+                run += 1
+                if done.tried.failures:
+                    return self._found(run, done)
         return Explored(run, exhausted, None, (), None)
 
-    def _found(self, run: int, steps: tuple[Step, ...]) -> Explored:
-        shrunk, tried = self.shrink(steps)
-        return Explored(run, False, steps, shrunk, tried)
+    def _found(self, run: int, done: _Done) -> Explored:
+        shrunk, tried = self.shrink(done.steps)
+        return Explored(run, False, done.steps, shrunk, tried)
 
-    def _run_all(self, tasks: Sequence[_Task], seed: int, jobs: int) -> Iterator[_Done]:
+    def _run_all(self, tasks: Sequence[_Task], seed: int, jobs: int) -> Generator[_Done, None, None]:
         """Run tasks, in forks that each do as many as there are machines; the results come in the order of the tasks."""
         size = min(_MACHINES, -(-len(tasks) // jobs))
         self._boot_ready(size)
@@ -254,39 +303,51 @@ class Explorer:
         self._boot_ready(len(tasks))
 
         def work() -> list[_Sent]:
-            return [self._do(task, seed, *ready) for task, ready in zip(tasks, self._ready, strict=False)]
+            return [self._do(task, seed, held) for task, held in zip(tasks, self._ready, strict=False)]
 
         return _Fork(work)
 
-    def _do(self, task: _Task, seed: int, machine: Machine, linked: Linked) -> _Sent:
-        steps, points = list(task.steps), []
+    def _do(self, task: _Task, seed: int, held: _Held) -> _Sent:
+        steps, points, machine = list(task.steps), [], held.machine
         if task.number is not None:
             policy = _Wandering(machine, Random(seed << 64 | task.number))
-            outcome = self._run(machine, linked, policy)
+            outcome = held.go_on(policy)
             steps = policy.steps
         elif task.record:
             recording = _Recording(machine, steps)
-            outcome = self._run(machine, linked, recording)
+            outcome = held.go_on(recording)
             points = recording.points
+        elif self._points and any(step.at < machine.hub.executed(step.cpu) for step in steps):
+            outcome, _ = self.run_here(steps)
         else:
-            outcome = self._run(machine, linked, Scheduled(steps))
+            outcome = held.go_on(Scheduled(steps))
         return list(self._judge(outcome).failures), [_words(step) for step in steps], [_words(step) for step in points]
 
     def shrink(self, steps: Sequence[Step]) -> tuple[tuple[Step, ...], Tried]:
-        """The fewest of the steps, in their order, that still fail in the same way: none can be left out."""
+        """The fewest of the steps, in their order, that still fail in the same way: none can be left out.
+
+        Of up to 24 no two can be left out either.
+        """
         current = tuple(steps)
         tried = self.attempt(current)
-        kind = tried.kind
-        shorter = True
-        while shorter:
-            shorter = False
-            for index in range(len(current)):
-                without = current[:index] + current[index + 1 :]
-                attempt = self.attempt(without)
-                if attempt.kind == kind:
-                    current, tried, shorter = without, attempt, True
-                    break
-        return current, tried
+        while True:
+            tasks = [_Task(fewer) for fewer in _fewer(current)]
+            with closing(self._run_all(tasks, 0, 1)) as results:
+                found = next((done for done in results if done.tried.kind == tried.kind), None)
+            if found is None:
+                return current, tried
+            current, tried = found.steps, found.tried
+
+
+def _fewer(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
+    """The steps without half of them, a quarter, and so on to each one; then, of not too many, without each two."""
+    size = len(steps) // 2 or len(steps)
+    while size:
+        for start in range(0, len(steps), size):
+            yield steps[:start] + steps[start + size :]
+        size //= 2
+    if 2 < len(steps) <= _PAIRED:
+        yield from combinations(steps, len(steps) - 2)
 
 
 @dataclass(frozen=True, slots=True)

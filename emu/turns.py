@@ -175,6 +175,10 @@ class Plain:
             self._since = clock.executed(cpu)
         return cpu
 
+    def take_over(self, other: Plain) -> None:
+        """Go on in the middle of a run that was `other`'s so far."""
+        self._since, self._cut = other._since, other._cut
+
     def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
         """Which ready CPU takes the turn of `cpu` now; None for none."""
         return None
