@@ -3,7 +3,7 @@
     python tools/tlbsan_campaign.py [--schedules N] [--jobs N] [--seed N]
 
 The guests are those in guest/ for several CPUs whose headers expect no report, and generated ones (tools/tlbsan_guests.py), 50
-schedules each. Each machine boots once; a schedule is a fork of it, in which any CPU runs on after any number of
+schedules each. Each process boots a guest's machine once; a schedule is a fork of it, in which any CPU runs on after any number of
 instructions. Prints what ran, every report and every ending that a header does not expect; the status is 1 when there is any.
 """
 
@@ -28,6 +28,7 @@ from tlbsan_guests import random_guest  # noqa: E402
 from emu.guest.asm import assemble  # noqa: E402
 from emu.guest.directives import MachineOptions, Sanitized  # noqa: E402
 from emu.guest.expect import judge  # noqa: E402
+from emu.guest.link import Linked  # noqa: E402
 from emu.guest.load import load  # noqa: E402
 from emu.guest.program import Program  # noqa: E402
 from emu.machine import Machine  # noqa: E402
@@ -36,6 +37,7 @@ from emu.tlbsan import lines  # noqa: E402
 from emu.turns import RandomTurns  # noqa: E402
 
 DEFAULT_SCHEDULES = 10_000
+LIMIT = 20_000_000  # instructions of all CPUs
 SCHEDULES_OF_A_GENERATED_GUEST = 50
 # Its race is what it is there for: under other schedules than the plain one it does use freed memory.
 RACY = {"racy_publish.asm"}
@@ -78,18 +80,14 @@ def generated_guest(seed: int) -> Program:
 
 
 def run_guest(program: Program, seeds: Sequence[int], jobs: int, campaign: Campaign) -> None:
-    """Run a guest under the schedules of these seeds, in forks of one machine, `jobs` at a time."""
-    config, limit = configure(program.directives.machine, MachineOptions())
-    machine = Machine(config, limit=min(limit, 20_000_000))
-    _, linked = machine.load(program)
-    gc.freeze()
+    """Run a guest under the schedules of these seeds, in `jobs` processes with a machine each."""
     waiting = []
     for job in range(jobs):
         read_end, write_end = os.pipe()
         child = os.fork()
         if not child:
             os.close(read_end)
-            _worker(machine, program, linked, seeds[job::jobs], write_end)
+            _worker(program, seeds[job::jobs], write_end)
         os.close(write_end)
         waiting.append((child, read_end))
     for child, read_end in waiting:
@@ -108,10 +106,14 @@ def run_guest(program: Program, seeds: Sequence[int], jobs: int, campaign: Campa
             raise RuntimeError(f"a worker for {program.path} failed")
 
 
-def _worker(machine: Machine, program: Program, linked: object, seeds: Sequence[int], pipe: int) -> None:
-    """A fork for each schedule; ends the process."""
+def _worker(program: Program, seeds: Sequence[int], pipe: int) -> None:
+    """Boot a machine, and fork it for each schedule; ends the process."""
     status = 1
     try:
+        config, limit = configure(program.directives.machine, MachineOptions())
+        machine = Machine(config, limit=min(limit, LIMIT))
+        _, linked = machine.load(program)
+        gc.freeze()
         for seed in seeds:
             child = os.fork()
             if not child:
@@ -125,9 +127,9 @@ def _worker(machine: Machine, program: Program, linked: object, seeds: Sequence[
         os._exit(status)
 
 
-def _schedule(machine: Machine, program: Program, linked: object, seed: int) -> tuple[int, list[str], list[str], int, int]:
+def _schedule(machine: Machine, program: Program, linked: Linked, seed: int) -> tuple[int, list[str], list[str], int, int]:
     machine.hub.policy = RandomTurns(seed, longest=1 << 4 + seed % 9)
-    outcome = machine.run_loaded(program, linked)  # type: ignore[arg-type]
+    outcome = machine.run_loaded(program, linked)
     assert machine.tlbsan is not None
     found = ["\n".join(lines(finding)) for finding in machine.tlbsan.findings]
     failures = [] if found else judge(program.directives.expectations, outcome)
