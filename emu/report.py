@@ -18,6 +18,7 @@ from emu.kernel.ptdump import Marker, PtDump, Row, row_text
 from emu.kernel.vmallocinfo import vmallocinfo
 from emu.kernel.walk_report import WalkReport
 from emu.run import RunResult
+from emu.tlbsan import finding_json
 from emu.trace import Delivery, Event, FlushIssued, FunctionCall, TlbFlushed
 
 
@@ -146,7 +147,7 @@ def run_json(result: RunResult) -> dict[str, Any]:
         "flushes": result.statistics.flushes,
         "full_flushes": result.statistics.full_flushes,
         "counts": dict(outcome.counts),
-        "tlbsan": list(outcome.reports),
+        "tlbsan": [finding_json(finding) for finding in result.findings],
         "log": list(outcome.log),
     }
 

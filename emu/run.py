@@ -11,7 +11,7 @@ from emu.guest.expect import Outcome, judge
 from emu.guest.load import load
 from emu.guest.program import Program
 from emu.machine import PEAK_INSTRUCTIONS_PER_SECOND, Machine, Statistics
-from emu.tlbsan import NOTHING_TRACKED, Tracking
+from emu.tlbsan import NOTHING_TRACKED, Finding, Tracking
 from emu.trace import Event, Sink, discard
 from emu.watchdog import WatchdogExpired
 
@@ -23,7 +23,8 @@ _COUNTED_AT_ONCE = 10_000_000
 class RunResult:
     """What became of one guest.
 
-    `failures` are the expectations that were not met; `places` says where the address of each fault that has one lies.
+    `failures` are the expectations that were not met; `places` says where the address of each fault that has one lies,
+    `findings` are TLBSan's.
     """
 
     path: str
@@ -34,6 +35,7 @@ class RunResult:
     statistics: Statistics
     places: tuple[str, ...]
     events: tuple[Event, ...]
+    findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
@@ -97,5 +99,6 @@ def _attempt(
         track = Tracking.of(machine.tlbsan.findings)
     failures = tuple(judge(program.directives.expectations, outcome))
     places = tuple(machine.place_of(fault.address) for fault in outcome.faults if fault.address is not None)
-    result = RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, tuple(events))
+    findings = () if machine.tlbsan is None else tuple(machine.tlbsan.findings)
+    result = RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, tuple(events), findings)
     return result, machine

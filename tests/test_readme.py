@@ -14,7 +14,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import readme  # noqa: E402
 
 TEXT = readme.README.read_text()
-BLOCKS = [match[0] for match in re.finditer(r"```console\n.*?```", TEXT, re.DOTALL)]
+BLOCKS = [
+    match[0] for document in readme.DOCUMENTS for match in re.finditer(r"```console\n.*?```", document.read_text(), re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[1][2:60])

@@ -1,4 +1,4 @@
-"""Rewrite the console blocks of README.md with what their commands print now: `python tools/readme.py [--check]`.
+"""Rewrite the console blocks of the documents with what their commands print now: `python tools/readme.py [--check]`.
 
 A block is fenced by ```console and holds commands behind "$ "; only `vmemu` commands, and `head` or `tail` behind a pipe, are run.
 With --check nothing is written, and the status is 1 when any block is out of date.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "docs" / "tlbsan.md")
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
@@ -56,12 +57,15 @@ def main() -> int:
     if sys.argv[1:] and not check:
         print("usage: python tools/readme.py [--check]", file=sys.stderr)
         return 2
-    old = README.read_text()
-    new = refreshed(old)
-    if check:
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    outdated = 0
+    for document in DOCUMENTS:
+        old = document.read_text()
+        new = refreshed(old)
+        if new != old:
+            outdated = 1
+            if not check:
+                document.write_text(new)
+    return outdated if check else 0
 
 
 if __name__ == "__main__":

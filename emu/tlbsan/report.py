@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from emu.mmu.entry import RW, US, XD, G
 from emu.mmu.fault import Access
 from emu.mmu.staleness import Cached, CachedTable
@@ -33,6 +35,48 @@ def lines(finding: Finding) -> list[str]:
         *_owners(finding),
         _RULE,
     ]
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """The same as plain data; docs/json.md describes it."""
+    entry, fill, store = finding.entry, finding.fill, finding.store
+    return {
+        "kind": finding.kind.name.lower().replace("_", "-"),
+        "title": f"{finding.kind.value} in {finding.symbol}",
+        "cpu": finding.cpu,
+        "address": finding.la,
+        "access": Access(finding.access).name.lower(),
+        "size": finding.size,
+        "user": finding.user,
+        "rip": finding.rip,
+        "symbol": finding.symbol,
+        "comm": finding.comm,
+        "pid": finding.pid,
+        "time": finding.time,
+        "trace": list(finding.trace),
+        "entry": {
+            "table": isinstance(entry, CachedTable),
+            "level": int(entry.level),
+            "address": entry.la,
+            "frame": (entry.table if isinstance(entry, CachedTable) else entry.pa(entry.la)) >> 12,
+            "pcid": entry.pcid,
+            "rights": _rights(entry.rights if isinstance(entry, CachedTable) else entry.entry),
+        },
+        "frame": None if finding.pa is None else finding.pa >> 12,
+        "now": finding.now,
+        "filled": None if fill is None else {
+            "symbol": fill.rip, "instructions": fill.instructions, "address_owner": fill.address_owner,
+            "frame_owner": fill.frame_owner,
+        },
+        "store": None if store is None else {
+            "function": store.function, "call": store.call, "caller": store.caller, "cpu": store.cpu, "time": store.time,
+            "start": store.start, "end": store.end, "trace": list(store.trace),
+        },
+        "flush": finding.verdict,
+        "reached": list(finding.reached),
+        "address_owner": finding.address_owner,
+        "frame_owner": finding.frame_owner,
+    }
 
 
 def _entry(finding: Finding) -> list[str]:
