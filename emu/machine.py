@@ -22,7 +22,9 @@ from emu.guest.program import Program
 from emu.hub import Final, Finish, Hub
 from emu.kernel.entry import End, Ending
 from emu.kernel.kernel import Kernel
+from emu.kernel.layout import PAGE_SHIFT
 from emu.kernel.mm_api import MmApi
+from emu.kernel.mmu_context import MmContext
 from emu.kernel.module import Module
 from emu.kernel.module_api import ModuleApi
 from emu.kernel.percpu_api import register_percpu
@@ -179,6 +181,14 @@ class Machine:
         """Remove every translation from every CPU; nothing while boot has started none."""
         if self._flushes is not None:
             self._flushes.flush_tlb_all(cause=cause)
+
+    def flush_tlb_mm_range(
+        self, mm: MmContext, start: int, end: int, stride_shift: int = PAGE_SHIFT, freed_tables: bool = True, *,
+        cause: str = "flush_tlb_mm_range",
+    ) -> None:
+        """Remove the translations of user [start, end) of an mm from the CPUs that use it."""
+        if self._flushes is not None:
+            self._flushes.flush_tlb_mm_range(mm, start, end, stride_shift, freed_tables, cause=cause)
 
     @property
     def flushes(self) -> TlbFlushes:

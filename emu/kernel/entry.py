@@ -57,7 +57,7 @@ class ExceptionEntry:
         self.kernel = kernel
         self.gp_access = gp_access
         self.interrupts = Interrupts(kernel.profile.name)
-        self.pti = PageTableIsolation(kernel.init_mm.pti)
+        self.pti = PageTableIsolation(kernel.contexts)
         self._last_regs: dict[int, PtRegs] = {}
 
     def handle(self, cpu: KernelCpu, vector: int) -> Ending | None:

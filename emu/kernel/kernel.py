@@ -141,7 +141,7 @@ class Kernel(KernelThreads):
         self._work: list[Callable[[], None]] = []
         self._rcu_callbacks: list[Callable[[], None]] = []
         self._caller = 0
-        self.text = self.sched.text = KernelText(memory, self.layout, self.symbols, profile.name)
+        self.text = self.sched.text = KernelText(memory, self.layout, self.symbols, profile.name, pti=pti)
         self.percpu = PerCpu(
             self.vmalloc, floor.percpu, self.cpus.cpu_to_node, self._dump_stack,
             callers=self._callers("pcpu_create_chunk"), caller=self._callers("pcpu_get_vm_areas")[0],
@@ -279,7 +279,12 @@ class Kernel(KernelThreads):
         try:
             if vector is not None:
                 return self.exceptions.handle(cpu, vector)
-            self._call(cpu, la)
+            if la in (self.text.syscall_entry, self.text.syscall_exit):
+                pti = self.exceptions.pti
+                (pti.to_kernel if la == self.text.syscall_entry else pti.to_user)(cpu)
+                cpu.set_reg("rip", la + 1)
+            else:
+                self._call(cpu, la)
         except TaskEnded as ended:
             return ended.ending
         return None

@@ -5,7 +5,10 @@ Register names are lower case: rax..r15, rip, rflags, rsp, cs, ss, cr0, cr2, cr3
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from emu.kernel.mmu_context import MmContext
 
 
 class KernelCpu(Protocol):
@@ -55,3 +58,8 @@ class TlbFlush(Protocol):
 
     def flush_tlb_all(self, *, cause: str = ...) -> None:
         """Remove every translation, global ones included, from every CPU."""
+
+    def flush_tlb_mm_range(
+        self, mm: MmContext, start: int, end: int, stride_shift: int = ..., freed_tables: bool = ..., *, cause: str = ...
+    ) -> None:
+        """Remove the translations of user [start, end) of an mm from the CPUs that use it (tlbflush.TlbFlushes has the details)."""

@@ -17,6 +17,9 @@ _HLT, _INT3 = 0xF4, 0xCC
 _IRETQ = b"\x48\xcf"
 # mov rax, -ENOSYS; sysretq: there are no system calls.
 _NO_SYSCALL = bytes.fromhex("48 c7 c0 da ff ff ff 48 0f 07")
+# The same between two HLTs, at which CR3 is switched to the kernel's PGD and back.
+_NO_SYSCALL_PTI = bytes.fromhex("f4 48 c7 c0 da ff ff ff f4 48 0f 07")
+_TO_KERNEL, _TO_USER = 0, 8
 # hlt; jmp back to it: what a CPU executes while it waits.
 _LOOP = bytes.fromhex("f4 eb fd")
 # call rax; hlt: a return address that looks like one to the unwinder, and the HLT that ends the call.
@@ -34,17 +37,19 @@ CALL_SITES = (
 class KernelText:
     """The code of one kernel image, placed when this is made.
 
-    `kthread_exit`: where a thread that returns ends; `idle`: the loop of a CPU that has nothing to do.
+    `kthread_exit`: where a thread that returns ends; `idle`: the loop of a CPU that has nothing to do; `syscall_entry` and
+    `syscall_exit`: where CR3 is switched with page-table isolation, else nowhere.
     """
 
-    def __init__(self, memory: Memory, layout: Layout, symbols: KernelSymbols, version: str) -> None:
+    def __init__(self, memory: Memory, layout: Layout, symbols: KernelSymbols, version: str, *, pti: bool = False) -> None:
         self._memory = memory
         self._layout = layout
         self._symbols = symbols
         symbols.add_string_ops()
         self.vectors = self._place_entry_stubs(version)
         symbols.add_code("common_interrupt_return", _IRETQ)
-        symbols.add_code("entry_SYSCALL_64", _NO_SYSCALL)
+        syscall = symbols.add_code("entry_SYSCALL_64", _NO_SYSCALL_PTI if pti else _NO_SYSCALL)
+        self.syscall_entry, self.syscall_exit = (syscall + _TO_KERNEL, syscall + _TO_USER) if pti else (-1, -1)
         for name, caller in CALLERS[version].items():
             symbols.add_code(name, bytes((_INT3,)) * caller.size)
         addresses = [symbols.add_code(name, bytes(16)) for name in ("ret_from_fork_asm", "ret_from_fork", "kthread")]
@@ -76,4 +81,7 @@ class KernelText:
 
     def is_stop(self, la: int) -> bool:
         """Whether the HLT at `la` is one of these."""
-        return la in self.vectors or la == self.kthread_exit or la == self.idle or la in self.spins or la in self.returns
+        return (
+            la in self.vectors or la in (self.kthread_exit, self.idle, self.syscall_entry, self.syscall_exit)
+            or la in self.spins or la in self.returns
+        )

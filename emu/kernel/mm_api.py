@@ -15,8 +15,10 @@ from emu.kernel.mempolicy import Mempolicy, Mpol
 from emu.kernel.mm import PAGE_SHARED, PAGE_SHARED_EXEC, Mm
 from emu.kernel.page_alloc import NUMA_NO_NODE
 from emu.kernel.ptrace import X86_EFLAGS_IF
-from emu.kernel.task import KernelThread
+from emu.kernel.task import KernelThread, ThreadState
+from emu.kernel.tlbflush import TLB_FLUSH_ALL
 from emu.kernel.vma import UserMappings
+from emu.mmu.entry import PHYSICAL_MASK
 
 _EFLAGS_FIXED = 2
 _MAX_USER_PAGES = 1 << 18
@@ -40,6 +42,8 @@ class MmApi:
         export("vmemu_init_mm", lambda: kernel.init_mm.pgd, 0)
         export("vmemu_user_pgd", self._user_pgd, 1)
         export("vmemu_map_user", self._map_user, 4)
+        export("vmemu_unmap_user", self._unmap_user, 3)
+        export("vmemu_switch_mm", self._switch_mm, 1)
         export("vmemu_enter_user", self._enter_user, 3)
         export("vmemu_vmalloc_sync_mappings", kernel.init_mm.vmalloc_sync_mappings, 0)
         export("vmemu_set_mempolicy", lambda mode, nodes: self._set_mempolicy(_int(mode), nodes), 2)
@@ -56,14 +60,56 @@ class MmApi:
         return mm.pgd
 
     def _destroy_mm(self, pgd: int) -> int:
-        """Free an mm: 0, -EINVAL for no mm, -EBUSY while it is in CR3."""
+        """Free an mm: 0, -EINVAL for no mm, -EBUSY while a thread has it or a CPU's CR3 has it other than lazily.
+
+        CPUs that have it loaded lazily go over to init_mm (v6.12 mm/mmap.c exit_mmap: the flush tells of freed page tables).
+        """
         if pgd not in self.mms:
             return -errno.EINVAL
-        if self.kernel.cpu.reg("cr3") & -PAGE_SIZE in (pgd, self.mms[pgd].user_pgd):
+        mm = self.mms[pgd]
+        if self._is_in_use(mm):
             return -errno.EBUSY
-        mm = self.mms.pop(pgd)
+        self.kernel.tlb.flush_tlb_mm_range(mm.context, 0, TLB_FLUSH_ALL, cause="exit_mmap")
+        # Others may have run while this CPU waited for the flush.
+        if self._is_in_use(mm) or mm.context.cpumask:
+            return -errno.EBUSY
+        del self.mms[pgd]
         self.mappings.forget(mm)
         mm.destroy()
+        return 0
+
+    def _is_in_use(self, mm: Mm) -> bool:
+        kernel = self.kernel
+        if any(thread.mm is mm and thread.state is not ThreadState.DEAD for thread in kernel.threads):
+            return True
+        return any(
+            kernel.cpu_by_number(cpu).reg("cr3") & PHYSICAL_MASK in (mm.pgd, mm.user_pgd)
+            and not (state.is_lazy and state.loaded_mm is mm.context)
+            for cpu, state in enumerate(kernel.contexts.cpu_tlbstate)
+        )
+
+    def _switch_mm(self, pgd: int) -> int:
+        """The current thread has this mm from now on, and this CPU loads it; init_mm's PGD: none again. 0, -EINVAL for no mm.
+
+        Source: v6.12 kernel/kthread.c kthread_use_mm; for init_mm arch/x86/mm/tlb.c leave_mm.
+        """
+        kernel = self.kernel
+        mm = self.mms.get(pgd)
+        if mm is None and pgd != kernel.init_mm.pgd:
+            return -errno.EINVAL
+        kernel.current_thread(kernel.cpu).mm = mm
+        kernel.contexts.switch_mm_irqs_off(kernel.contexts.init_mm if mm is None else mm.context)
+        return 0
+
+    def _unmap_user(self, pgd: int, la: int, size: int) -> int:
+        """Unmap pages of vmemu_map_user, flush them on the CPUs that use the mm, and free them: 0 or -EINVAL."""
+        mm = self.mms.get(pgd)
+        if mm is None or size > _MAX_USER_PAGES * PAGE_SIZE:
+            return -errno.EINVAL
+        try:
+            mm.zap(la, size, self.kernel.tlb)
+        except ValueError:
+            return -errno.EINVAL
         return 0
 
     def _user_pgd(self, pgd: int) -> int:
@@ -75,7 +121,7 @@ class MmApi:
 
         The frame lies on the CPU's entry stack and the last instructions are entry text, as both are there on either PGD.
         """
-        if pgd not in self.mms:
+        if self._switch_mm(pgd):
             return -errno.EINVAL
         kernel = self.kernel
         cpu = kernel.cpu
@@ -84,7 +130,7 @@ class MmApi:
         rsp = kernel.cpu_entry_area(cpu.id).entry_stack[1] - len(frame)
         cpu.write(rsp, frame)
         cpu.set_reg("rsp", rsp)
-        cpu.set_reg("cr3", self.mms[pgd].user_pgd)
+        kernel.exceptions.pti.to_user(cpu)
         return None
 
     def _map_user(self, pgd: int, la: int, size: int, executable: int) -> int:

@@ -120,15 +120,21 @@ class MmuContexts:
         cr3 = self.kernel.cpu_by_number(cpu).reg("cr3")
         if not self.pti:
             return cr3 | (CR3_NO_INVALIDATE if self.pcid else 0)
+        return self.return_cr3(cpu, cr3 | PTI_USER_PGD | (PTI_USER_PCID_MASK if self.pcid else 0))
+
+    def return_cr3(self, cpu: int, cr3: int) -> int:
+        """What is written to go back to user mode's CR3, here a value of it: the flush that its PCID was owed is in it.
+
+        Source: SWITCH_TO_USER_CR3, PARANOID_RESTORE_CR3.
+        """
         if not self.pcid:
-            return cr3 | PTI_USER_PGD
+            return cr3
         state = self.cpu_tlbstate[cpu]
         bit = 1 << (cr3 & CR3_PCID & ~PTI_USER_PCID_MASK)
         if state.user_pcid_flush_mask & bit:
             state.user_pcid_flush_mask ^= bit
-        else:
-            cr3 |= CR3_NO_INVALIDATE
-        return cr3 | PTI_USER_PCID_MASK | PTI_USER_PGD
+            return cr3
+        return cr3 | CR3_NO_INVALIDATE
 
     def kernel_cr3(self, cpu: int) -> int:
         """What an entry from user mode with page-table isolation writes to CR3. Source: SWITCH_TO_KERNEL_CR3."""

@@ -14,6 +14,7 @@ import pytest
 from emu.kernel.init_64 import InitMm, setup_kernel_memory
 from emu.kernel.layout import Layout, make_layout
 from emu.kernel.memblock import Memblock
+from emu.kernel.mmu_context import MmContext
 from emu.kernel.page_alloc import PageAllocator
 from emu.kernel.profile import V6_12, Profile
 from emu.memory import Memory
@@ -52,6 +53,11 @@ class RecordedFlushes:
 
     def flush_tlb_all(self, *, cause: str = "") -> None:
         self.ranges.append(None)
+
+    def flush_tlb_mm_range(
+        self, mm: MmContext, start: int, end: int, stride_shift: int = 12, freed_tables: bool = True, *, cause: str = ""
+    ) -> None:
+        self.ranges.append((start, end))
 
 
 @dataclass

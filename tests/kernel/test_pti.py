@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 from booted import machine, run
+from smp_machine import SmpMachine
 
 from emu.guest.expect import Outcome
 from emu.kernel.pti import PageTableIsolation
 from emu.kernel.traps import Trap
 from emu.machine import Machine
+from emu.mmu.registers import CR3_NO_INVALIDATE
 
 SETUP = """
     mov edi, 4096
@@ -123,26 +125,72 @@ def test_a_double_fault_on_the_user_pgd_is_reported_from_the_kernels():
     assert any(f"CR3: {pgd:016x}" in line for line in outcome.log)
 
 
-def test_an_nmi_in_kernel_code_on_a_user_pgd_goes_back_to_that():
-    class Cpu:
-        id = 0
-
-        def __init__(self) -> None:
-            self.cr3 = 0x5000
-
-        def reg(self, name: str) -> int:
-            return self.cr3
-
-        def set_reg(self, name: str, value: int) -> None:
-            self.cr3 = value
-
-    cpu, pti = Cpu(), PageTableIsolation(enabled=True)
+@pytest.mark.parametrize("pcid", [False, True])
+def test_an_nmi_in_kernel_code_on_a_user_pgd_goes_back_to_that(pcid):
+    m = SmpMachine(1, pcid=pcid, pti=True)
+    mm = m.mm()
+    m.contexts.switch_mm_irqs_off(mm.context)
+    cpu, pti = m.cpu[0], PageTableIsolation(m.contexts)
+    kernel = cpu.reg("cr3")
+    pti.to_user(cpu)
+    user = cpu.reg("cr3")
+    assert user == (kernel | 0x1000 | (0x800 if pcid else 0))
     pti.enter(cpu, Trap.NMI, 0x10, 0x100)
-    assert cpu.cr3 == 0x4000
+    assert cpu.reg("cr3") == kernel
     pti.leave(cpu, 0x10, 0x100)
-    assert cpu.cr3 == 0x5000
+    assert cpu.reg("cr3") == user
     pti.enter(cpu, Trap.GP, 0x10, 0x100)
-    assert cpu.cr3 == 0x5000, "an exception that has no stack of its own cannot have come there"
+    assert cpu.reg("cr3") == user, "an exception that has no stack of its own cannot have come there"
+
+
+def test_with_pcids_an_nmi_on_a_user_pgd_keeps_its_translations_unless_its_handler_flushed():
+    m = SmpMachine(1, pcid=True, pti=True)
+    mm = m.mm()
+    m.contexts.switch_mm_irqs_off(mm.context)
+    cpu, pti = m.cpu[0], PageTableIsolation(m.contexts)
+    pti.to_user(cpu)
+    for flushes, kept in ((False, CR3_NO_INVALIDATE), (True, 0)):
+        pti.enter(cpu, Trap.NMI, 0x10, 0x100)
+        assert cpu.cr3_writes[-1] & CR3_NO_INVALIDATE
+        if flushes:
+            m.contexts.invalidate_user_asid(0, m.contexts.cpu_tlbstate[0].loaded_mm_asid)
+        pti.leave(cpu, 0x10, 0x100)
+        assert cpu.cr3_writes[-1] & CR3_NO_INVALIDATE == kept
+    m.tlb.validate()
+
+
+def test_user_mode_and_the_kernel_have_pcids_of_their_own_and_entries_and_returns_flush_nothing():
+    on = machine(pti=True, pcid=True)
+    written: list[int] = []
+    load = on.cpu.mmu.load_cr3
+    on.cpu.mmu.load_cr3 = lambda value: (written.append(value), load(value))[1]
+    outcome, seen = user(on, INT_80 + INT_80)
+    (mm,) = on.mm_api.mms.values()
+    kernel, user_mode = mm.pgd | 2, mm.user_pgd | 2050
+    assert outcome.ended == "signal"
+    assert {cr3 for what, cr3 in seen if what == "handler"} == {kernel}
+    assert {cr3 for what, cr3 in seen if what == "entry"} == {user_mode}
+    keep = CR3_NO_INVALIDATE
+    # The guest's own load of CR3; the switch to the mm, which owes its user PCID a flush; two system calls; the #UD.
+    assert written == [mm.pgd, kernel, user_mode, *(kernel | keep, user_mode | keep) * 2, kernel | keep]
+    on.kernel.contexts.validate()
+
+
+@pytest.mark.parametrize("pcid", [False, True])
+@pytest.mark.parametrize("pti", [False, True])
+def test_a_syscall_switches_to_the_kernels_pgd_and_back_and_returns_enosys(pti, pcid):
+    on = machine(pti=pti, pcid=pcid)
+    written: list[int] = []
+    load = on.cpu.mmu.load_cr3
+    on.cpu.mmu.load_cr3 = lambda value: (written.append(value & ~CR3_NO_INVALIDATE), load(value))[1]
+    outcome, _ = user(on, "    syscall\n    cmp rax, -38\n    jne .bad\n    syscall\n.bad:\n")
+    (mm,) = on.mm_api.mms.values()
+    (fault,) = outcome.faults
+    assert (fault.vector, fault.registers["rax"]) == (Trap.UD, (1 << 64) - 38)
+    assert fault.rip == fault.registers["rcx"], "the second one has come back as well"
+    kernel, user_mode = (mm.pgd | 2, mm.user_pgd | 2050) if pcid else (mm.pgd, mm.user_pgd)
+    # The guest's load, the switch to the mm, the way to user mode, two system calls, the exception.
+    assert written == [mm.pgd, kernel, *((user_mode, kernel) * 3 if pti else ())]
 
 
 def test_enter_user_without_an_mm_is_einval():

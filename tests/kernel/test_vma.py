@@ -117,7 +117,7 @@ def test_no_mapping_is_made_of_a_bad_range(address, size):
 def test_munmap_gives_the_pages_back_and_drops_what_the_tlb_had():
     on = machine()
     end = ("mov rdi, rbx", "call vmemu_munmap")
-    touch = ("mov rcx, cr3", "mov cr3, r13", "stac", "mov rax, [0x400000]", "clac")
+    touch = ("mov rdi, r13", "call vmemu_switch_mm", "stac", "mov rax, [0x400000]", "clac")
     outcome = run(on, body(REMAP, *touch, *end, "stac", "mov rax, [0x400000]"))
     assert [(fault.vector, fault.address) for fault in outcome.faults] == [(14, USER)]
     assert on.mm_api.mappings._mappings == {}
