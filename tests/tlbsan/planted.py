@@ -11,6 +11,7 @@ from emu.guest.asm import assemble
 from emu.guest.directives import MachineOptions
 from emu.guest.program import Program
 from emu.kernel.layout import PAGE_SIZE
+from emu.kernel.mmu_context import MmContext, MmuContexts, TlbState
 from emu.kernel.smp import SmpCalls
 from emu.kernel.tlbflush import TlbFlushes
 from emu.kernel.vm_struct import VmAreas
@@ -155,6 +156,16 @@ def flush_first(patch: pytest.MonkeyPatch, cpu: int) -> None:
         self.space.free_vmap_area_noflush(va)
 
     patch.setattr(VmAreas, "free_unmap_vmap_area", free_unmap_vmap_area)
+
+
+def keep_what_is_there(patch: pytest.MonkeyPatch) -> None:
+    """switch_mm never has an ASID flushed."""
+    choose = MmuContexts._choose_new_asid
+
+    def chosen(self: MmuContexts, state: TlbState, following: MmContext) -> tuple[int, bool]:
+        return choose(self, state, following)[0], False
+
+    patch.setattr(MmuContexts, "_choose_new_asid", chosen)
 
 
 _READ = "    mov rcx, [rax]"

@@ -6,23 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
-from planted import SCENARIOS, skip_the_call
+from driven import PAGE, USER, Driven
+from planted import SCENARIOS, keep_what_is_there, skip_the_call
 
-from emu.config import MachineConfig
-from emu.guest.asm import assemble
-from emu.kernel.mm import PAGE_SHARED_DIRTY, Mm
-from emu.kernel.mmu_context import MmuContexts, TlbState
-from emu.kernel.task import KernelThread, ThreadState
 from emu.kernel.tlbflush import TlbFlushes
-from emu.machine import Machine
 from emu.mmu.fault import Access
 from emu.tlbsan import Finding, Kind, lines
 
 REPORTS = Path(__file__).resolve().parent / "reports"
 MIB = 1 << 20
-PAGE = 4096
 PMD = 2 * MIB
-USER = 0x40_0000
 KEPT_NUMBERS = 4  # hex digits: sizes and offsets stay, addresses and frames get names
 CPUS = pytest.mark.parametrize("cpus", [2, 4, 8])
 
@@ -90,63 +83,6 @@ def test_the_whole_report_is_as_it_was(name: str, monkeypatch: pytest.MonkeyPatc
     _, machine = SCENARIOS[name].run(2)
     assert machine.tlbsan is not None
     assert normalised(report(machine.tlbsan.findings[0])) == (REPORTS / f"{name}.txt").read_text()
-
-
-class Driven:
-    """A machine whose CPUs execute what a test asks for, one access at a time."""
-
-    CODE = """
-    section .text
-    init_module:
-        xor eax, eax
-        ret
-    reads:
-        stac
-        mov rax, [rdi]
-        clac
-        ret
-    """
-
-    def __init__(self, cpus: int, **config: bool) -> None:
-        self.machine = Machine(MachineConfig(cpus=cpus, memory=64 * MIB, **config), limit=1_000_000)
-        self.kernel = self.machine.kernel
-        self.reads = self.machine.load(assemble(self.CODE, "driven.asm"))[1].symbols["reads"]
-
-    def read(self, cpu: int, la: int, mm: Mm | None = None) -> str:
-        """A thread on `cpu`, in an address space, reads `la`: how it ended."""
-        thread: KernelThread = self.kernel.create_thread("reads", cpu, function=self.reads, argument=la, runs=False)
-        thread.mm = mm
-        self.kernel.sched.start(thread)
-        finish = self.machine.hub.run(lambda: thread.state is ThreadState.DEAD)
-        self.machine.hub.quiesce()
-        self.kernel.cpus.current = 0
-        return finish.final.name
-
-    @property
-    def found(self) -> Finding:
-        assert self.machine.tlbsan is not None
-        finding, = self.machine.tlbsan.findings
-        return finding
-
-    def silent(self) -> bool:
-        return self.machine.tlbsan is not None and not self.machine.tlbsan.findings
-
-    def mms(self, count: int) -> list[Mm]:
-        """Address spaces with a page at USER."""
-        made = [Mm(self.kernel.init_mm) for _ in range(count)]
-        for mm in made:
-            assert not mm.map_user(USER, PAGE, PAGE_SHARED_DIRTY)
-        return made
-
-
-def keep_what_is_there(patch: pytest.MonkeyPatch) -> None:
-    """switch_mm never has an ASID flushed."""
-    choose = MmuContexts._choose_new_asid
-
-    def chosen(self: MmuContexts, state: TlbState, following: object) -> tuple[int, bool]:
-        return choose(self, state, following)[0], False  # type: ignore[arg-type]
-
-    patch.setattr(MmuContexts, "_choose_new_asid", chosen)
 
 
 @CPUS
