@@ -158,7 +158,7 @@ class ExceptionEntry:
             version=kernel.profile.name, levels=kernel.layout.levels, task=kernel.oops_task(cpu), stacks=self._stacks(cpu),
             entries=kernel.entries(cpu.reg("cr3"), address), init_entries=kernel.entries(kernel.init_mm.pgd, address),
             is_vmalloc_addr=kernel.layout.is_vmalloc_addr, smap=kernel.smap, smep=kernel.smep,
-            vmalloc_fault=lambda la: self._vmalloc_fault(cpu.reg("cr3"), la), context=self._context(cpu),
+            vmalloc_fault=lambda la: self.vmalloc_fault(cpu, la), context=self._context(cpu),
         )
         outcome = fault.handle_page_fault(facts, regs, error, address)
         report = fault.report(source, kernel.oops_state, outcome, regs)
@@ -171,10 +171,11 @@ class ExceptionEntry:
                 return Ending(End.SIGNAL, f"signal {signal.signal}")
         return self._end(report)
 
-    def _vmalloc_fault(self, cr3: int, la: int) -> bool:
+    def vmalloc_fault(self, cpu: KernelCpu, la: int) -> bool:
+        """Before v5.8: copy init_mm's top-level entry for `la` into the tables of CR3; false if that cannot be the remedy."""
         kernel = self.kernel
         region = range(kernel.layout.vmalloc_start, kernel.layout.vmalloc_end)
-        found = fault.vmalloc_fault(kernel.memory.read_u64, cr3, kernel.init_mm.pgd, la, kernel.layout.levels, region)
+        found = fault.vmalloc_fault(kernel.memory.read_u64, cpu.reg("cr3"), kernel.init_mm.pgd, la, kernel.layout.levels, region)
         if found.store is not None:
             kernel.init_mm.set_pgd(*found.store)
         return found.handled

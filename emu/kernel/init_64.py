@@ -98,7 +98,7 @@ class InitMm(PageTable):
         self.direct_gbpages = direct_gbpages
         # Where each CPU's TSS stands: per-CPU data in Linux (cpu_tss_rw).
         self._cpu_tss_rw: list[int] = []
-        self.sync_pgds = profile.preallocated_vmalloc
+        self.sync_pgds = profile.syncs_mappings
 
     def build(self, vmemmap: tuple[Vmemmap, ...]) -> None:
         """Make all boot mappings. Raises MemoryError when RAM is too small for the tables."""
@@ -199,6 +199,17 @@ class InitMm(PageTable):
                 self.set_pgd(target, pfn << PAGE_SHIFT | KERNPG_TABLE)
             user = self.memory.read_u64(target) & PHYSICAL_MASK
         return user + _offset(la, level)
+
+    def sync_current_stack_to_mm(self, pgd: int, la: int) -> None:
+        """Before v5.8: give a PGD that is about to be loaded the top-level entry of the stack in use, `la` an address in it.
+
+        Without it the first push faults, the fault's frame cannot be pushed either, and a double fault ends it. Source: v5.4
+        arch/x86/mm/tlb.c sync_current_stack_to_mm.
+        """
+        offset = _offset(la, self.levels)
+        entry = self.memory.read_u64(self.pgd + offset)
+        if entry and not self.memory.read_u64(pgd + offset):
+            self.set_pgd(pgd + offset, entry)
 
     def vmalloc_sync_mappings(self) -> None:
         """Before v5.8: give every mm all top-level entries of the vmalloc region at once, so that no access to it faults.

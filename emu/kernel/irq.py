@@ -62,9 +62,13 @@ class Irqs:
         # v6.12 include/linux/hardirq.h __nmi_enter: an NMI is a hard interrupt too.
         count.nmi += 1
         count.hardirq += 1
+        # A fault in a handler must not show to the page fault handler that the NMI may have interrupted (nmi.c nmi_cr2).
+        cpu = self.kernel.cpu
+        cr2 = cpu.reg("cr2")
         try:
             # Every handler is asked: several events may have come as one NMI.
             return sum(handler() for handler in self.nmi_handlers) > 0
         finally:
+            cpu.set_reg("cr2", cr2)
             count.nmi -= 1
             count.hardirq -= 1

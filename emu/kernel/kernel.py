@@ -111,7 +111,7 @@ class Kernel(KernelThreads):
         self.slab = Slab(self.pages, self.layout)
         design = vmap_node.V6_12 if profile.max_vmap_nodes else vmap_node.V6_1
         space = VmapSpace(design, (self.layout.vmalloc_start, self.layout.vmalloc_end), self.cpus, tlb, self, self)
-        if not profile.preallocated_vmalloc:
+        if not profile.syncs_mappings:
             space.vmalloc_sync_unmappings = self.init_mm.vmalloc_sync_unmappings
         space.purge_lock = SleepLock("vmap_purge_lock", self.sched)
         self.vmalloc = Vmalloc(space, self.init_mm, self.slab, self, self)
@@ -126,6 +126,7 @@ class Kernel(KernelThreads):
         self.modules: list[Module] = []
         self.smp = SmpCalls(self, self.sched, profile.smp)
         self.contexts = MmuContexts(self, self.init_mm.pgd, profile.tlb, pcid=pcid, pti=pti)
+        self.contexts.sync_current_stack = self._sync_current_stack
         self.init_mm.tlb = tlb
         self.sched.on_switch = self._context_switch
         self.symbols = KernelSymbols(self.layout, memory)

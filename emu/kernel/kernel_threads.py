@@ -21,8 +21,11 @@ from emu.kernel.sched import Activation, Scheduler
 from emu.kernel.task import KernelThread, ThreadState, initial_rsp
 from emu.kernel.thread_stack import THREAD_SIZE, ThreadStacks
 from emu.memory import Memory
+from emu.mmu.fault import PageFault
 
 if TYPE_CHECKING:
+    from emu.kernel.entry import ExceptionEntry
+    from emu.kernel.init_64 import InitMm
     from emu.kernel.sync import Sync
 
 FIRST_PID = 100
@@ -40,6 +43,8 @@ class KernelThreads:
     sched: Scheduler
     thread_stacks: ThreadStacks
     contexts: MmuContexts
+    init_mm: InitMm
+    exceptions: ExceptionEntry
 
     def __init__(self, nr_cpus: int) -> None:
         self._preempt = [PreemptCount() for _ in range(nr_cpus)]
@@ -50,6 +55,8 @@ class KernelThreads:
         self.sync: Sync | None = None
         # Calls that will never go on: forgotten, their greenlets would be unwound, and run the model's code on the way.
         self.dead_ends: list[Activation] = []
+        # The thread whose stack is still in use while another one's mm is loaded.
+        self._leaving: KernelThread | None = None
 
     def symbol(self, name: str) -> int:
         """Address of a kernel symbol. Raises ValueError."""
@@ -154,7 +161,28 @@ class KernelThreads:
 
     def _context_switch(self, previous: KernelThread, following: KernelThread) -> None:
         """A CPU has taken another thread: its mm is loaded, or the last one kept (v6.12 kernel/sched/core.c context_switch)."""
+        self._leaving = previous
         self.contexts.context_switch(None if following.mm is None else following.mm.context)
+        self._leaving = None
+        if self.contexts.design.syncs_stack:
+            self._prepare_switch_to(self._cpus[following.cpu])
+
+    def _sync_current_stack(self, pgd: int) -> None:
+        """A PGD is about to be loaded: it gets the entry of the stack in use."""
+        cpu = self._cpus[self.cpus.current]
+        self.init_mm.sync_current_stack_to_mm(pgd, cpu.reg("rsp") if self._leaving is None else self._leaving.stack)
+
+    def _prepare_switch_to(self, cpu: KernelCpu) -> None:
+        """Before v5.8: touch the next thread's stack while the fault that this may be still has a stack to go to.
+
+        Source: v5.4 arch/x86/include/asm/switch_to.h prepare_switch_to.
+        """
+        la = cpu.reg("rsp")
+        try:
+            cpu.read(la, 1)
+        except PageFault:
+            if not self.exceptions.vmalloc_fault(cpu, la):
+                raise
 
     def _schedule_debug(self, thread: KernelThread) -> None:
         """A thread that may not sleep does (v6.12 kernel/sched/core.c __schedule_bug)."""

@@ -46,6 +46,7 @@ class MmApi:
         export("vmemu_switch_mm", self._switch_mm, 1)
         export("vmemu_enter_user", self._enter_user, 3)
         export("vmemu_vmalloc_sync_mappings", kernel.init_mm.vmalloc_sync_mappings, 0)
+        export("vmemu_request_nmi", self._request_nmi, 2)
         export("vmemu_set_mempolicy", lambda mode, nodes: self._set_mempolicy(_int(mode), nodes), 2)
         export("vmemu_fork", lambda node: self._fork(_int(node)), 1)
         export("vmemu_exit", self._exit, 1)
@@ -142,6 +143,12 @@ class MmApi:
             return mm.map_user(la, size, PAGE_SHARED_EXEC if executable & 1 else PAGE_SHARED)
         except ValueError:
             return -errno.EINVAL
+
+    def _request_nmi(self, handler: int, data: int) -> int:
+        """Have handler(data) called for every NMI of any CPU; whether the NMI was its own is what it returns. 0."""
+        sched = self.kernel.sched
+        self.kernel.irqs.nmi_handlers.append(lambda: sched.call_guest(handler, data, site="nmi_handle") & 0xFFFF_FFFF != 0)
+        return 0
 
     def _set_mempolicy(self, mode: int, nodes: int) -> int:
         """set_mempolicy() for the current thread, with a mask of nodes: 0 or -EINVAL."""

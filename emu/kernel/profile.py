@@ -61,9 +61,9 @@ class Profile:
     nx_checks_aliases: bool
     """set_memory_nx and _x look for aliases too, which NX is not carried over to, and so flush everything: from v6.2 on."""
     preallocated_vmalloc: bool
-    """The vmalloc region's top-level entries are populated at boot: from v5.8 on. Otherwise vmalloc_fault copies
-    them.
-    """
+    """The vmalloc region's top-level entries are populated at boot: from v5.9 on. Otherwise they are copied to other mms."""
+    syncs_mappings: bool
+    """Whoever makes a top-level entry copies it to every mm (arch_sync_kernel_mappings): v5.8 on. Before, vmalloc_fault does."""
 
     # vmalloc (mm/vmalloc.c)
     noprof_symbols: bool
@@ -113,6 +113,7 @@ V6_12 = Profile(
     readonly_is_clean=True,
     nx_checks_aliases=True,
     preallocated_vmalloc=True,
+    syncs_mappings=True,
     noprof_symbols=True,
     huge_vmalloc=True,
     max_vmap_nodes=128,
@@ -130,6 +131,7 @@ V6_1 = Profile(
     readonly_is_clean=False,
     nx_checks_aliases=False,
     preallocated_vmalloc=True,
+    syncs_mappings=True,
     noprof_symbols=False,
     huge_vmalloc=True,
     max_vmap_nodes=0,
@@ -147,6 +149,7 @@ V5_4 = Profile(
     readonly_is_clean=False,
     nx_checks_aliases=False,
     preallocated_vmalloc=False,
+    syncs_mappings=False,
     noprof_symbols=False,
     huge_vmalloc=False,
     max_vmap_nodes=0,
