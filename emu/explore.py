@@ -45,12 +45,12 @@ from emu.visible import invisible_run, is_visible, next_instruction
 DEFAULT_SCHEDULES = 1000
 DEFAULT_PREEMPTIONS = 2
 MAX_JOBS = 256
-# A random schedule lets a CPU go on for up to so many instructions, one of these numbers for all of it.
-_LONGEST = (2, 8, 32, 64, 256, 1024)
 # How many machines a fork finds booted: more cost more to boot, fewer more per schedule.
 _MACHINES = 16
 # Of so many steps each two are left out together, which may be a preemption and the way back from it.
 _PAIRED = 24
+# How many schedules are searched for one with fewer preemptions than what a random one was shrunk to.
+_SEARCHED = 1000
 _NUMBER = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{12,}\b|\d+")
 
 
@@ -80,24 +80,25 @@ class Explored:
     tried: Tried | None
 
 
-class _Recording(Scheduled):
+class Recording(Scheduled):
     """A schedule, and after its last step a record of where one more could follow: `points`."""
 
     def __init__(self, machine: Machine, steps: Sequence[Step]) -> None:
         super().__init__(steps)
         self._machine = machine
         self.points: list[Step] = []
-        self._decided: tuple[int, int] | None = None
+        # A schedule names the first time that a CPU is at a count: where each was asked last.
+        self._asked: dict[int, int] = {}
 
     def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
         """What the steps say; behind them nothing, but a point where it matters."""
+        at = clock.executed(cpu)
+        before, self._asked[cpu] = self._asked.get(cpu), at
         to = super().preempted(cpu, ready, clock)
         if to is not None or self.waits:
             return to
-        at = clock.executed(cpu)
-        if self._decided != (cpu, at) and len(ready) > 1 and _matters(self._machine, cpu):
+        if before != at and len(ready) > 1 and _matters(self._machine, cpu):
             self.points += [Step(cpu, at, other) for other in ready if other != cpu]
-        self._decided = cpu, at
         return None
 
     def bound(self, cpu: int, budget: int, clock: Clock) -> int:
@@ -106,35 +107,41 @@ class _Recording(Scheduled):
         return budget if self.waits else min(budget, invisible_run(self._machine.cpus[cpu]))
 
 
-class _Wandering(Plain):
-    """A random schedule: CPUs go on for random numbers of instructions, and to the next one that matters."""
+class Wandering(Plain):
+    """A random schedule: of the points where it matters a random number passes, then any CPU that could go on does.
 
-    def __init__(self, machine: Machine, random: Random) -> None:
+    That number is up to `most` or a little more, each power of two alike.
+    """
+
+    def __init__(self, machine: Machine, random: Random, most: int) -> None:
         super().__init__()
         self._machine = machine
         self._random = random
-        self._longest = random.choice(_LONGEST)
-        self._until: dict[int, int] = {}
+        self._bits = most.bit_length()
+        self._pass = self._draw()
+        self._asked: dict[int, int] = {}
         self.steps: list[Step] = []
+
+    def _draw(self) -> int:
+        return self._random.getrandbits(self._random.randint(0, self._bits))
 
     def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
         """A random CPU, or None."""
         at = clock.executed(cpu)
-        until = self._until.get(cpu)
-        if until is not None and (at < until or not _matters(self._machine, cpu)):
+        before, self._asked[cpu] = self._asked.get(cpu), at
+        if before == at or len(ready) == 1 or not _matters(self._machine, cpu):
             return None
-        # The one more is so that no two decisions fall on one instruction, of which a schedule names the first.
-        self._until[cpu] = at + 1 + self._random.randrange(self._longest)
-        if until is None or len(ready) == 1:
+        if self._pass:
+            self._pass -= 1
             return None
+        self._pass = self._draw()
         to = self._random.choice([other for other in ready if other != cpu])
         self.steps.append(Step(cpu, at, to))
         return to
 
     def bound(self, cpu: int, budget: int, clock: Clock) -> int:
-        """What is left of the random number, then up to the next instruction that matters."""
-        left = self._until[cpu] - clock.executed(cpu)
-        return min(budget, left if left > 0 else invisible_run(self._machine.cpus[cpu]))
+        """Up to the next instruction that matters."""
+        return min(budget, invisible_run(self._machine.cpus[cpu]))
 
 
 class _Holding(Plain):
@@ -182,7 +189,7 @@ def _matters(machine: Machine, cpu: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """One schedule to run: its steps, or a random one by number; `record`: where one more preemption could follow."""
 
     steps: tuple[Step, ...] = ()
@@ -191,7 +198,7 @@ class _Task:
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class Done:
     """What became of a task: its failures, the steps of a schedule that it chose itself, and the points it recorded."""
 
     tried: Tried
@@ -207,8 +214,8 @@ class Explorer:
         self.config = config
         self.limit = limit
         machine, linked = self._boot()
-        policy = _Recording(machine, ())
-        self.plain = self._judge(self._run(machine, linked, policy))
+        policy = Recording(machine, ())
+        self.plain = self.judge(self._run(machine, linked, policy))
         self._points = tuple(policy.points)
         # What forks would each have to translate for themselves is translated once.
         counters = [cpu.engine.block_counter for cpu in machine.cpus]
@@ -231,12 +238,17 @@ class Explorer:
         machine.hub.policy = policy
         return machine.run_loaded(self.program, linked)
 
-    def _judge(self, outcome: Outcome) -> Tried:
+    def judge(self, outcome: Outcome) -> Tried:
+        """The expectations that a run failed."""
         return Tried(tuple(judge(self.program.directives.expectations, outcome)))
 
     def attempt(self, steps: Sequence[Step]) -> Tried:
         """Run one schedule in a fork."""
-        return self._fork([_Task(tuple(steps))], 0).results()[0].tried
+        return self.run_together([Task(tuple(steps))])[0].tried
+
+    def run_together(self, tasks: Sequence[Task]) -> list[Done]:
+        """Run tasks in one fork, each on a machine of its own there."""
+        return self._fork(tasks, 0).results()
 
     def run_here(self, steps: Sequence[Step]) -> tuple[Outcome, Machine]:
         """Run one schedule on a machine of its own, to look at."""
@@ -258,29 +270,49 @@ class Explorer:
             # Pairs and more leave half of what is left to random schedules.
             share = (schedules - run + number - 1) // (1 if number == 1 else 2)
             exhausted = len(following) <= share
-            tasks = [_Task(steps, record=number < preemptions) for steps in following[:share]]
+            tasks = [Task(steps, record=number < preemptions) for steps in following[:share]]
             following = []
-            with closing(self._run_all(tasks, seed, jobs)) as results:
+            with closing(self.run_all(tasks, seed, jobs)) as results:
                 for done in results:
                     run += 1
                     if done.tried.failures:
-                        return self._found(run, done)
+                        return self._found(run, done, 0)
                     if len(following) <= schedules:
                         following += [(*done.steps, point) for point in done.points]
             if not exhausted:
                 break
-        with closing(self._run_all([_Task(number=number) for number in range(schedules - run)], seed, jobs)) as results:
+        with closing(self.run_all([Task(number=number) for number in range(schedules - run)], seed, jobs)) as results:
             for done in results:
                 run += 1
                 if done.tried.failures:
-                    return self._found(run, done)
+                    return self._found(run, done, jobs)
         return Explored(run, exhausted, None, (), None)
 
-    def _found(self, run: int, done: _Done) -> Explored:
+    def _found(self, run: int, done: Done, jobs: int) -> Explored:
+        """What is told of a failure; that of a random schedule is looked for in schedules with fewer preemptions, by `jobs`."""
         shrunk, tried = self.shrink(done.steps)
+        fewer = self._find(tried.kind, len(shrunk) - 1, jobs) if jobs else None
+        if fewer is not None:
+            shrunk, tried = fewer.steps, fewer.tried
         return Explored(run, False, done.steps, shrunk, tried)
 
-    def _run_all(self, tasks: Sequence[_Task], seed: int, jobs: int) -> Generator[_Done, None, None]:
+    def _find(self, kind: tuple[str, ...], preemptions: int, jobs: int) -> Done | None:
+        """The first of the schedules with so many preemptions, or fewer, that fails in this way, if it is soon found."""
+        following: list[tuple[Step, ...]] = [(step,) for step in self._points]
+        left = _SEARCHED
+        for number in range(1, preemptions + 1):
+            tasks = [Task(steps, record=number < preemptions) for steps in following[:left]]
+            left -= len(tasks)
+            following = []
+            with closing(self.run_all(tasks, 0, jobs)) as results:
+                for done in results:
+                    if done.tried.kind == kind:
+                        return done
+                    if len(following) < left:
+                        following += [(*done.steps, point) for point in done.points]
+        return None
+
+    def run_all(self, tasks: Sequence[Task], seed: int, jobs: int) -> Generator[Done, None, None]:
         """Run tasks, in forks that each do as many as there are machines; the results come in the order of the tasks."""
         size = min(_MACHINES, -(-len(tasks) // jobs))
         self._boot_ready(size)
@@ -299,7 +331,7 @@ class Explorer:
                 fork.results()
             gc.unfreeze()
 
-    def _fork(self, tasks: Sequence[_Task], seed: int) -> _Fork:
+    def _fork(self, tasks: Sequence[Task], seed: int) -> _Fork:
         self._boot_ready(len(tasks))
 
         def work() -> list[_Sent]:
@@ -307,21 +339,22 @@ class Explorer:
 
         return _Fork(work)
 
-    def _do(self, task: _Task, seed: int, held: _Held) -> _Sent:
-        steps, points, machine = list(task.steps), [], held.machine
+    def make_policy(self, task: Task, seed: int, machine: Machine) -> Recording | Wandering | Scheduled:
+        """What decides the turns of a task."""
         if task.number is not None:
-            policy = _Wandering(machine, Random(seed << 64 | task.number))
-            outcome = held.go_on(policy)
-            steps = policy.steps
-        elif task.record:
-            recording = _Recording(machine, steps)
-            outcome = held.go_on(recording)
-            points = recording.points
-        elif self._points and any(step.at < machine.hub.executed(step.cpu) for step in steps):
-            outcome, _ = self.run_here(steps)
+            return Wandering(machine, Random(seed << 64 | task.number), len(self._points))
+        return Recording(machine, task.steps) if task.record else Scheduled(task.steps)
+
+    def _do(self, task: Task, seed: int, held: _Held) -> _Sent:
+        machine = held.machine
+        policy = self.make_policy(task, seed, machine)
+        if self._points and any(step.at < machine.hub.executed(step.cpu) for step in task.steps):
+            outcome, _ = self.run_here(task.steps)
         else:
-            outcome = held.go_on(Scheduled(steps))
-        return list(self._judge(outcome).failures), [_words(step) for step in steps], [_words(step) for step in points]
+            outcome = held.go_on(policy)
+        steps = policy.steps if isinstance(policy, Wandering) else task.steps
+        points = policy.points if isinstance(policy, Recording) else ()
+        return list(self.judge(outcome).failures), [_words(step) for step in steps], [_words(step) for step in points]
 
     def shrink(self, steps: Sequence[Step]) -> tuple[tuple[Step, ...], Tried]:
         """The fewest of the steps, in their order, that still fail in the same way: none can be left out.
@@ -331,8 +364,8 @@ class Explorer:
         current = tuple(steps)
         tried = self.attempt(current)
         while True:
-            tasks = [_Task(fewer) for fewer in _fewer(current)]
-            with closing(self._run_all(tasks, 0, 1)) as results:
+            tasks = [Task(fewer) for fewer in _fewer(current)]
+            with closing(self.run_all(tasks, 0, 1)) as results:
                 found = next((done for done in results if done.tried.kind == tried.kind), None)
             if found is None:
                 return current, tried
@@ -398,7 +431,7 @@ class _Fork:
             _work(work, write_end)
         os.close(write_end)
 
-    def results(self) -> list[_Done]:
+    def results(self) -> list[Done]:
         """Wait for the process; to be called once. Raises RuntimeError if it did not come to its end."""
         with open(self._read_end, "rb") as pipe:
             sent = pipe.read()
@@ -407,7 +440,7 @@ class _Fork:
             raise RuntimeError(f"the process of some schedules ended with status {status}")
         results: list[_Sent] = marshal.loads(sent)
         return [
-            _Done(Tried(tuple(failures)), tuple(Step(*step) for step in steps), tuple(Step(*point) for point in points))
+            Done(Tried(tuple(failures)), tuple(Step(*step) for step in steps), tuple(Step(*point) for point in points))
             for failures, steps, points in results
         ]
 
