@@ -7,6 +7,7 @@
 
 CODE equ 0x400000
 DATA equ 0x402000
+TOLD equ 0x403000
 STACK equ 0x404000
 section .text
 init_module:
@@ -39,8 +40,8 @@ init_module:
 running:
     pause
     stac
-    mov ecx, DATA
-    mov rax, [rcx + 8]                   ; user mode tells that it has read the page
+    mov ecx, TOLD
+    mov rax, [rcx]                       ; user mode tells that it has read the page
     clac
     test rax, rax
     jz running
@@ -62,7 +63,7 @@ user_code:
     mov ecx, DATA
 .loop:
     mov rax, [rcx]
-    mov qword [rcx + 8], 1
+    mov qword [rcx + TOLD - DATA], 1
     jmp .loop
 user_code_end:
 
