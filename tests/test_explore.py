@@ -296,3 +296,10 @@ def test_a_process_that_dies_is_an_error_not_a_result():
     explorer_that_dies.make_policy = lambda task, seed, machine: Dies()
     with pytest.raises(RuntimeError, match="ended with status 256"):
         explorer_that_dies.attempt(())
+
+
+def test_a_step_before_the_first_choice_is_spent_on_a_cpu_with_nothing_to_do():
+    explorer = explorer_of(str(GUEST / "racy_counter.asm"))
+    steps = (Step(0, 1, 1), Step(0, 14, 1))
+    assert explorer.attempt(steps[1:]).failures
+    assert explorer.attempt(steps) == explorer.attempt(steps[1:])
