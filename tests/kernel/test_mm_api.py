@@ -206,3 +206,13 @@ def test_cpus_that_have_a_dying_mm_loaded_lazily_go_over_to_init_mm_by_the_flush
     on.kernel.contexts.validate()
     assert pgd not in on.kernel.init_mm.pgds
     assert free - on.kernel.pages.nr_free_pages() < 16, "only the threads' stacks are left"
+
+
+def test_an_mm_whose_thread_is_off_its_cpu_is_not_destroyed():
+    on = Cpus(1)
+    pgd = on.mm(5)
+    thread = on.kernel.create_thread("sleeper", runs=False)
+    thread.mm = on.machine.mm_api.mms[pgd]
+    assert on.call("destroy", pgd) == EBUSY
+    thread.mm = None
+    assert on.call("destroy", pgd) == 0
