@@ -83,6 +83,8 @@ class Explored:
 class Recording(Scheduled):
     """A schedule, and after its last step a record of where one more could follow: `points`."""
 
+    looks = True
+
     def __init__(self, machine: Machine, steps: Sequence[Step]) -> None:
         super().__init__(steps)
         self._machine = machine
@@ -104,7 +106,7 @@ class Recording(Scheduled):
     def bound(self, cpu: int, budget: int, clock: Clock) -> int:
         """Up to the next step; behind the last one, to the next instruction that matters."""
         budget = super().bound(cpu, budget, clock)
-        return budget if self.waits else min(budget, invisible_run(self._machine.cpus[cpu]))
+        return budget if self.waits or self.alone else min(budget, invisible_run(self._machine.cpus[cpu]))
 
 
 class Wandering(Plain):
@@ -112,6 +114,8 @@ class Wandering(Plain):
 
     That number is up to `most` or a little more, each power of two alike.
     """
+
+    looks = True
 
     def __init__(self, machine: Machine, random: Random, most: int) -> None:
         super().__init__()
@@ -141,7 +145,7 @@ class Wandering(Plain):
 
     def bound(self, cpu: int, budget: int, clock: Clock) -> int:
         """Up to the next instruction that matters."""
-        return min(budget, invisible_run(self._machine.cpus[cpu]))
+        return budget if self.alone else min(budget, invisible_run(self._machine.cpus[cpu]))
 
 
 class _Holding(Plain):

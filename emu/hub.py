@@ -207,6 +207,9 @@ class Hub:
                 return None
             if isinstance(result, Finish):
                 return result
+            if turn.until_company and any(cpu.id != number and self.is_ready(cpu.id) for cpu in self.cpus):
+                self._cut = not self._timer_is_due()
+                return None
             if end is not None and self.executed(number) >= end:
                 self._cut = not self._timer_is_due()
                 return None

@@ -39,12 +39,14 @@ class Clock(Protocol):
 class Turn:
     """A CPU's turn: at most `budget` instructions; None until it stops by itself.
 
-    Not `fresh`: the CPU's last turn, which was cut only to look at it, goes on as if it had not been.
+    Not `fresh`: the CPU's last turn, which was cut only to look at it, goes on as if it had not been. `until_company`: the turn is
+    cut as soon as another CPU could go on.
     """
 
     cpu: int
     budget: int | None
     fresh: bool = True
+    until_company: bool = False
 
 
 class Policy(Protocol):
@@ -151,18 +153,24 @@ def format_schedule(steps: Sequence[Step]) -> str:
 class Plain:
     """The same CPU goes on until it has nothing to do, pauses, or has run FAIR instructions while another one could."""
 
+    # The policy wants to be asked as soon as another CPU could go on; while none can, it need bound no turn.
+    looks = False
+
     def __init__(self) -> None:
         self._since = 0
-        self._cut = False
+        self.alone = False
+        # The count at which the turn under way ends, unless it is cut.
+        self._end = 0
 
     def turn(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> Turn:
         """The CPU that goes on, until it has run long enough."""
         cpu = self.choose(ready, last, paused, clock)
         budget = max(1, FAIR - (clock.executed(cpu) - self._since))
-        bound = self.bound(cpu, budget, clock)
-        fresh = cpu != last or paused or not self._cut
-        self._cut = bound < budget
-        return Turn(cpu, bound, fresh)
+        executed = clock.executed(cpu)
+        fresh = cpu != last or paused or executed >= self._end
+        self._end = executed + budget
+        self.alone = len(ready) == 1
+        return Turn(cpu, self.bound(cpu, budget, clock), fresh, self.looks and self.alone)
 
     def choose(self, ready: Sequence[int], last: int, paused: bool, clock: Clock) -> int:
         """The next CPU: the last one if it may go on, unless `preempted` says otherwise."""
@@ -177,7 +185,7 @@ class Plain:
 
     def take_over(self, other: Plain) -> None:
         """Go on in the middle of a run that was `other`'s so far."""
-        self._since, self._cut = other._since, other._cut
+        self._since, self._end = other._since, other._end
 
     def preempted(self, cpu: int, ready: Sequence[int], clock: Clock) -> int | None:
         """Which ready CPU takes the turn of `cpu` now; None for none."""
