@@ -18,12 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from emu.config import MachineConfig
-from emu.explore import Explorer
 from emu.guest.asm import assemble
-from emu.guest.directives import MachineOptions
-from emu.guest.load import load
 from emu.machine import Machine
-from emu.run import configure
 from emu.turns import Alone, Policy, RoundRobin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,17 +111,6 @@ def boot(cpus: int) -> tuple[float, float]:
     return float(seconds), float(kilobytes) / 1024
 
 
-def explored(schedules: int) -> float:
-    """Explored schedules a second of one process, each the plain one of guest/racy_publish.asm."""
-    program = load(str(ROOT / "guest" / "racy_publish.asm"))
-    config, limit = configure(program.directives.machine, MachineOptions())
-    explorer = Explorer(program, config, limit)
-    began = time.perf_counter()
-    for _ in range(schedules):
-        explorer.attempt(())
-    return schedules / (time.perf_counter() - began)
-
-
 def show(name: str, value: float, unit: str, bound: str = "-", ok: bool | None = None) -> None:
     """One line of the table."""
     print(f"{name:<24}{value:>12.4g} {unit:<16}{bound:<10}{'' if ok is None else 'ok' if ok else 'MISSED'}")
@@ -158,7 +143,6 @@ def main() -> int:
     seconds, megabytes = boot(4 if quick else 64)
     bounded("boot_64_cpus", seconds, "s", 1.5, least=False)
     bounded("resident_64_cpus", megabytes, "MB", 400, least=False)
-    bounded("schedules", explored(5 if quick else 300), "1/s", 300, least=True)
     return int(missed)
 
 
