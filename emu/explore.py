@@ -225,6 +225,7 @@ class Explorer:
         counters = [cpu.engine.block_counter for cpu in machine.cpus]
         self._code = [() if counter is None else counter.known for counter in counters]
         self._ready: list[_Held] = []
+        self._collected = False
 
     def _boot(self) -> tuple[Machine, Linked]:
         machine = Machine(self.config, limit=self.limit)
@@ -237,6 +238,7 @@ class Explorer:
             for cpu, blocks in zip(machine.cpus, self._code, strict=True):
                 translate_ahead(cpu.engine, blocks)
             self._ready.append(_Held(machine, self._points[:1], partial(self._run, machine, linked)))
+            self._collected = False
 
     def _run(self, machine: Machine, linked: Linked, policy: Policy) -> Outcome:
         machine.hub.policy = policy
@@ -321,7 +323,10 @@ class Explorer:
         size = min(_MACHINES, -(-len(tasks) // jobs))
         self._boot_ready(size)
         under_way: deque[_Fork] = deque()
-        gc.collect()
+        if not self._collected:
+            # What is garbage now would be copied by every fork that frees it.
+            gc.collect()
+            self._collected = True
         gc.freeze()
         try:
             for start in range(0, len(tasks), max(size, 1)):

@@ -362,11 +362,12 @@ class Machine:
         export = kernel.symbols.exports.get(la)
         if export is None:
             return kernel.enter(cpu, la)
-        arguments = tuple(cpu.reg(name) for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
         self.statistics.kernel_calls[export.name] += 1
+        if self.sink is discard:
+            return kernel.enter(cpu, la)
+        arguments = tuple(cpu.reg(name) for name in ("rdi", "rsi", "rdx", "rcx", "r8", "r9"))
         ending = kernel.enter(cpu, la)
-        if self.sink is not discard:
-            self.sink(FunctionCall(cpu.id, export.name, arguments[: export.arguments], cpu.reg("rax")))
+        self.sink(FunctionCall(cpu.id, export.name, arguments[: export.arguments], cpu.reg("rax")))
         return ending
 
     def _outcome(self, ended: str, returned: int | None, linked: Linked) -> Outcome:
