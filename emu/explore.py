@@ -47,6 +47,8 @@ DEFAULT_PREEMPTIONS = 2
 MAX_JOBS = 256
 # How many machines a fork finds booted: more cost more to boot, fewer more per schedule.
 _MACHINES = 16
+# Of so many schedules twice as many machines are worth their time.
+_MANY = 1000
 # Of so many steps each two are left out together, which may be a preemption and the way back from it.
 _PAIRED = 24
 # How many schedules are searched for one with fewer preemptions than what a random one was shrunk to.
@@ -320,7 +322,7 @@ class Explorer:
 
     def run_all(self, tasks: Sequence[Task], seed: int, jobs: int) -> Generator[Done, None, None]:
         """Run tasks, in forks that each do as many as there are machines; the results come in the order of the tasks."""
-        size = min(_MACHINES, -(-len(tasks) // jobs))
+        size = min(_MACHINES if len(tasks) < _MANY else 2 * _MACHINES, -(-len(tasks) // jobs))
         self._boot_ready(size)
         under_way: deque[_Fork] = deque()
         if not self._collected:
