@@ -98,7 +98,7 @@ def explored_text(explored: ExploredFile) -> str:
     """What was explored; on a failure the report of the shrunk schedule, and the command that plays it again."""
     ran = f"{explored.schedules} schedule{'s' if explored.schedules != 1 else ''}"
     if explored.found is None:
-        rest = ", all there are with so few preemptions" if explored.exhausted else ""
+        rest = ", among them all there are with so few preemptions" if explored.exhausted else ""
         return f"PASS {explored.path}: {ran}{rest}, and each ended as expected"
     lines = [run_text(explored.result)] if explored.result is not None else []
     lines.append("")
