@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["emu.cli", "emu.__main__"],
     ["emu.report", "emu.progress"],
+    ["emu.debug"],
     ["emu.run", "emu.explore"],
     ["emu.machine", "emu.start_cpu", "emu.load_module", "emu.watchdog"],
     ["emu.config"],
@@ -20,7 +21,7 @@ LAYERS = [
         "emu.cpu", "emu.native", "emu.privileged", "emu.privileged_step", "emu.transfers", "emu.msr", "emu.exceptions",
         "emu.cpuid", "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter",
         "emu.code_pages", "emu.code_reader", "emu.interception", "emu.stop_reason", "emu.privileged_opcodes",
-        "emu.operands", "emu.decode", "emu.rflags", "emu.translate_ahead",
+        "emu.operands", "emu.decode", "emu.rflags", "emu.translate_ahead", "emu.native_log",
     ],
     ["emu.kernel"],
     ["emu.guest"],
@@ -32,7 +33,7 @@ LAYERS = [
 STRANGERS = [("emu.cpu", "emu.kernel"), ("emu.cpu", "emu.guest"), ("emu.kernel", "emu.guest")]
 ENGINE_ONLY_IN = {
     "emu.engine", "emu.engine_context", "emu.engine_registers", "emu.block_counter", "emu.instruction_counter", "emu.native",
-    "emu.code_reader",
+    "emu.code_reader", "emu.native_log",
 }
 
 
