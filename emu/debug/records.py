@@ -22,12 +22,14 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Accessed(msgspec.Struct, frozen=True, gc=False):
-    """A memory access that an instruction completed.
+    """A memory access of an instruction, completed unless `failed`: then value, pa, page_size are 0, owner and bits empty.
 
     `la` linear address, `size` in bytes, `write`, `value` (of up to 8 bytes), `pa` physical address. `place` says what the linear
     address lies in, `owner` who owns the frame. `tlb` is "hit", "miss", "stale" (a fresh walk gives something else now) or "none"
     (no TLB in this machine). `entry` is the TLB entry's effective leaf value, with `page_size` in bytes and the names of its
-    `bits`; `walk` are the entries that a miss read, from the top, and those that memory holds now for a stale entry.
+    `bits`; `walk` are the entries that a miss read, from where it began (below a cached table, or at the top), and for a stale
+    entry those that memory holds now, from the top. `fetch`: the instruction itself was read, through a translation that was not
+    in use before; other fetches are not shown. A fetch has no value.
     """
 
     la: int
@@ -42,6 +44,8 @@ class Accessed(msgspec.Struct, frozen=True, gc=False):
     page_size: int
     bits: tuple[str, ...]
     walk: tuple[Entry, ...] = ()
+    fetch: bool = False
+    failed: bool = False
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, tag_field="type"):
@@ -70,13 +74,17 @@ class Executed(Record, frozen=True, gc=False, tag="instruction"):
 
 
 class Delivered(Record, frozen=True, gc=False, tag="delivery"):
-    """An exception or interrupt enters through the IDT. `error` and `cr2` are None where it has none; `rip` is what was pushed."""
+    """An exception or interrupt enters through the IDT. `error` and `cr2` are None where it has none; `rip` is what was pushed.
+
+    `accesses` are the CPU's own: to IDT, GDT, TSS and the stack.
+    """
 
     vector: int
     error: int | None
     rip: int
     cr2: int | None
     place: str
+    accesses: tuple[Accessed, ...] = ()
 
 
 class Returned(Record, frozen=True, gc=False, tag="iret"):
