@@ -117,6 +117,8 @@ class Engine(CodeReader):
         self.descriptor_pages: set[int] = set()
         self.is_implicit: Callable[[int], bool] = lambda page_la: False
         self._callback_error: Exception | None = None
+        # Told of each stop of Unicorn, the ones that nobody outside sees included, while RIP and the registers are the engine's.
+        self.on_stop: Callable[[StopReason], None] | None = None
         # Makes a function translate in place of the MMU.
         self.fill_by: Callable[[Callable[[int, int, bool], int]], None] = lambda look_up: None
         mmu.on_drop = self.drop_soft_tlb
@@ -145,6 +147,11 @@ class Engine(CodeReader):
     def running(self) -> bool:
         """Inside a run: registers are the engine's, not those of the last stop."""
         return self._running
+
+    @property
+    def begins_anew(self) -> bool:
+        """The last stop was before a store that the instruction at RIP will make when it is run again, as a block of its own."""
+        return self._store_alone is not None
 
     def close(self) -> None:
         """Let go of the memory: other engines' stores no longer concern this one, which must not run again."""
@@ -285,6 +292,8 @@ class Engine(CodeReader):
             reason is StopReason.FAULT and self.fault_access is Access.FETCH
         ):
             self._blocks.settle(self.reg("rip"))
+        if self.on_stop is not None:
+            self.on_stop(reason)
         if reason is StopReason.PAUSE:
             self.set_reg("rip", self._behind_pause)
         return reason
