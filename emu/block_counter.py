@@ -142,6 +142,13 @@ class BlockCounter(Allowance):
         at = self._state[_LAST]
         return self._block_at(at) if at else None
 
+    def block(self, start: int, size: int) -> Block | None:
+        """A block that runs or was run, None if it is not known (any more)."""
+        known = self._blocks.get((start, size))
+        if known is None and self._kept_block is not None and (self._kept_block.start, self._kept_block.size) == (start, size):
+            return self._kept_block
+        return known
+
     def settle(self, rip: int) -> None:
         """The engine stopped at an instruction that began: give back those of its block that lie behind it."""
         block = self.running
@@ -150,7 +157,7 @@ class BlockCounter(Allowance):
 
     def address(self, block: Block, index: int) -> int:
         """Address of an instruction of a block, 0 for the first."""
-        return block.start + self._starts(block)[index]
+        return block.start + self.starts(block)[index]
 
     @property
     def known(self) -> tuple[Block, ...]:
@@ -245,7 +252,8 @@ class BlockCounter(Allowance):
         block.starts = starts if starts is not None and len(starts) in (count - 1, count) else self._lengths(block)
         return len(block.starts)
 
-    def _starts(self, block: Block) -> tuple[int, ...]:
+    def starts(self, block: Block) -> tuple[int, ...]:
+        """Offsets of a block's instructions. Raises EngineError."""
         if block.starts is None:
             starts = _decoded(block)
             block.starts = starts if starts is not None and len(starts) == block.count else self._lengths(block)
@@ -256,7 +264,7 @@ class BlockCounter(Allowance):
 
     def _index(self, block: Block, rip: int) -> int:
         try:
-            return self._starts(block).index(rip - block.start)
+            return self.starts(block).index(rip - block.start)
         except ValueError:
             raise EngineError(f"{rip:#x} is no instruction of {block}") from None
 

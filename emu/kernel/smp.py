@@ -81,6 +81,7 @@ class CallSingleData:
 
     func: Function = _nothing
     cause: str = ""
+    sender: int = 0
     locked: bool = False
     sync: bool = False
 
@@ -112,6 +113,8 @@ class SmpCalls:
         self.counters = SmpCounters()
         self.oops_in_progress: Callable[[], bool] = lambda: False
         self.set_nr_if_polling: Callable[[int], bool] = lambda cpu: False
+        # Told of each call that a CPU has run for another: the CPU, the one that asked, and for what.
+        self.on_done: Callable[[int, int, str], None] | None = None
         possible = range(kernel.cpus.possible)
         self.call_single_queue: list[list[CallSingleData]] = [[] for _ in possible]
         self._csd_data = [CallSingleData() for _ in possible]
@@ -279,7 +282,7 @@ class SmpCalls:
         executing = self._executing[cpu]
         executing += queue
         for csd in queue:
-            func, cause, sync = csd.func, csd.cause, csd.sync
+            func, cause, sync, sender = csd.func, csd.cause, csd.sync, csd.sender
             if not sync:
                 executing.remove(csd)
                 self._csd_unlock(csd)
@@ -288,6 +291,8 @@ class SmpCalls:
             if sync:
                 executing.remove(csd)
                 self._csd_unlock(csd)
+            if self.on_done is not None:
+                self.on_done(cpu, sender, cause)
 
     # ---- locks and queues
 
@@ -306,6 +311,7 @@ class SmpCalls:
 
     def _llist_add(self, cpu: int, csd: CallSingleData) -> bool:
         queue = self.call_single_queue[cpu]
+        csd.sender = self.kernel.cpus.current
         queue.append(csd)
         return len(queue) == 1
 

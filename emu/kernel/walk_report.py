@@ -61,7 +61,7 @@ def walk_report(kernel: Kernel, cr3: int, la: int) -> WalkReport:
     rights, denied = int(Entry.RW | Entry.US), 0
     for level, entry_pa, entry in entries:
         is_leaf = level == Level.PTE or bool(entry & Entry.PS)
-        bits = _bits(level, entry, is_leaf)
+        bits = entry_bits(level, entry, is_leaf)
         steps.append(WalkStep(level.name, _linux_name(level, levels), entry_pa >> 3 & 511, entry_pa, entry, bits))
         rights &= entry
         denied |= entry & Entry.XD
@@ -82,7 +82,8 @@ def _linux_name(level: Level, levels: int) -> str:
     return "pgd" if level == levels else _LINUX_NAMES[level]
 
 
-def _bits(level: Level, entry: int, is_leaf: bool) -> tuple[str, ...]:
+def entry_bits(level: Level, entry: int, is_leaf: bool) -> tuple[str, ...]:
+    """Names of the bits that are set in an entry, as the SDM has them; none for one that is not present."""
     if not entry & Entry.P:
         return ()
     names = [bit.name or "" for bit in (_LEAF_BITS if is_leaf else _TABLE_BITS) if entry & bit]

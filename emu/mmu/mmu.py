@@ -338,7 +338,7 @@ class Mmu:
             raise NonCanonical(la)
         self.misses += 1
         steps: list[Step] = []
-        at, table, rights = self._deepest_table(la)
+        at, table, rights = self.walk_start(la)
         watch = self.watch
         used = None if rights & P or watch is None else watch.table_used(la, at + 1)
         start = at, table, rights | P
@@ -355,7 +355,7 @@ class Mmu:
         stale = watch.walked(used, la, access, user, read_ac, implicit, packed & PHYSICAL_MASK)
         return packed & ~P if stale else packed
 
-    def _deepest_table(self, la: int) -> tuple[int, int, int]:
+    def walk_start(self, la: int) -> tuple[int, int, int]:
         """Where the walk of `la` begins: below the deepest cached table, else at CR3 (SDM 4.10.3.2). Rights without P: watched."""
         tables = self._context.tables
         for level in range(2, self.regs.levels + 1):
