@@ -68,8 +68,8 @@ class Mm(PageTable):
         """The PGD that user mode runs on: another one with page-table isolation only."""
         return self.pgd + PTI_USER_PGD if self.init_mm.pti else self.pgd
 
-    def _finish(self, start: int, end: int) -> None:
-        super()._finish(start, end)
+    def _finish(self, start: int, end: int, function: str) -> None:
+        super()._finish(start, end, function)
         if self.init_mm.pti:
             self._set_user_pgtbl(start, end)
 

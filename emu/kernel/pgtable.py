@@ -165,9 +165,11 @@ class PageTable:
     def _begin(self) -> None:
         self._mask = 0
 
-    def _finish(self, start: int, end: int) -> None:
+    def _finish(self, start: int, end: int, function: str) -> None:
         """Publish the modified levels, and carry new top-level entries to every other PGD (v6.12 sync_global_pgds)."""
         self.modified = PgtblMod(self._mask)
+        if self.changes.stored is not None:
+            self.changes.stored(self.pgd, start, end, function, self._mask != _MODIFIED[1])
         if self._mask & _MODIFIED[self.levels] and self.sync_pgds:
             self.sync(start, end)
 
@@ -179,11 +181,13 @@ class PageTable:
             for pgd in self.pgds:
                 if entry and not self._u64[(pgd >> 3) + i]:
                     self._u64[(pgd >> 3) + i] = entry
+                    self._stored_entry(pgd + 8 * i, "sync_global_pgds")
 
     def set_pgd(self, entry_pa: int, entry: int) -> None:
         """Store a top-level entry that was not present, into this PGD or another mm's: no flush is owed."""
         old = self._u64[entry_pa >> 3]
         self._u64[entry_pa >> 3] = entry
+        self._stored_entry(entry_pa, "set_pgd")
         if old & PRESENT and old != entry:
             shift = 9 * self.levels + 3
             la = (entry_pa >> 3 & 511) << shift
@@ -193,6 +197,10 @@ class PageTable:
     def _changed(self, start: int, end: int, function: str, gone: bool = False) -> None:
         if self.changes.tell is not None:
             self.changes.tell(start, end, function, gone)
+
+    def _stored_entry(self, entry_pa: int, function: str) -> None:
+        if self.changes.stored_entry is not None:
+            self.changes.stored_entry(entry_pa, function)
 
     # Mapping
 
@@ -211,7 +219,7 @@ class PageTable:
             err = self._vmap_small_pages_range(addr, end, prot, pfns)
         else:
             err = self._vmap_blocks(addr, end, prot, pfns, page_shift)
-        self._finish(addr, end)
+        self._finish(addr, end, "vmap_pages_range_noflush")
         return err
 
     def _vmap_small_pages_range(self, addr: int, end: int, prot: int, pfns: Pfns) -> int:
@@ -325,7 +333,7 @@ class PageTable:
             return -errno.EINVAL
         self._begin()
         err = self._vmap_range(addr, end, phys, prot, max_page_shift)
-        self._finish(addr, end)
+        self._finish(addr, end, "vmap_range_noflush")
         return err
 
     def _vmap_range(self, addr: int, end: int, phys: int, prot: int, max_page_shift: int) -> int:
@@ -425,8 +433,9 @@ class PageTable:
                 u64[i] = 0
                 self._mask |= _MODIFIED[level]
             addr = next_addr
-        self._finish(start, end)
-        self._changed(start, end, "vunmap_range_noflush" if start >> 63 else "zap_pte_range", True)
+        function = "vunmap_range_noflush" if start >> 63 else "zap_pte_range"
+        self._finish(start, end, function)
+        self._changed(start, end, function, True)
         return FlushRange(start, end)
 
     def set_pte(self, la: int, entry: int) -> FlushRange | int:
@@ -443,7 +452,7 @@ class PageTable:
         old = self._u64[i]
         self._u64[i] = entry
         self._mask |= _MODIFIED[1]
-        self._finish(la, la + 1)
+        self._finish(la, la + 1, "set_pte_vaddr")
         page = la & -PAGE_SIZE
         if not old & PRESENT:
             return NOTHING_TO_FLUSH
@@ -455,7 +464,9 @@ class PageTable:
         self._u64[entry_pa >> 3] = entry
         la &= -size
         splits = size > PAGE_SIZE and entry & PRESENT and not entry & PSE
-        self._changed(la, la + size, "__split_large_page" if splits else "__change_page_attr")
+        function = "__split_large_page" if splits else "__change_page_attr"
+        self._stored_entry(entry_pa, function)
+        self._changed(la, la + size, function)
         return FlushRange(la, la + size)
 
     def free_pgtables(self, start: int, end: int) -> FlushRange:
@@ -472,6 +483,8 @@ class PageTable:
             if entry & PRESENT:
                 self._u64[(self.pgd >> 3) + i] = 0
                 self._free_tables(entry & _TABLE_ADDR, self.levels - 1)
+        if self.changes.stored is not None:
+            self.changes.stored(self.pgd, start, end, "free_pgtables", True)
         self._changed(start, end, "free_pgtables")
         return FlushRange(start, end)
 

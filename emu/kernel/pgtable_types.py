@@ -68,9 +68,14 @@ class PageTableChanges:
 
     `tell(start, end, function, gone)`: kernel function `function` has changed or cleared entries that translate [start, end),
     in memory only; `gone`: none is left there. Making an entry present that was not is no change: none is ever cached.
+
+    `stored(pgd, start, end, function, tables)`: `function` has stored entries under `pgd` for [start, end), whatever was there
+    before; `tables`: others than PTEs too. `stored_entry(entry_pa, function)`: one entry. Both are told before `tell` is.
     """
 
     tell: Callable[[int, int, str, bool], None] | None = None
+    stored: Callable[[int, int, int, str, bool], None] | None = None
+    stored_entry: Callable[[int, str], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
