@@ -42,7 +42,7 @@ from emu.mmu.registers import (
     check_efer,
 )
 from emu.mmu.staleness import Cached, Stale, listing, lookup, stale
-from emu.mmu.tlb import Context, Tlb, TlbMode
+from emu.mmu.tlb import Context, MakeDict, Tlb, TlbMode
 from emu.mmu.walk import PagingRegisters, Step, ac_reader, descend, root, violation
 from emu.mmu.watch import Watch
 
@@ -148,6 +148,12 @@ class Mmu:
             (3, 30, shared.pages[3]),
             (3, 30, context.pages[3]),
         )
+
+    def keep_translations_in(self, make_dict: MakeDict) -> None:
+        """Keep what is cached in dicts of another kind, which may tell of what is put in and taken out, from now on."""
+        self.tlb.keep_in(make_dict)
+        self._global_pages = self.tlb.shared.pages[1]
+        self._enter_address_space()
 
     @property
     def pcid(self) -> int:

@@ -16,9 +16,10 @@ a soft cache above answers hits that this TLB never sees, and what is replaced m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from emu.mmu.entry import ABOVE_MAXPHYADDR, ENTRY_BITS, PHYSICAL_MASK, PS, RIGHTS, A, G, Level, P, is_canonical
 
@@ -98,7 +99,8 @@ class Context:
             tables.pop(la >> (9 * level + 3), None)
 
 
-Replaced = dict[int, int] | dict[int, tuple[int, int]]
+# Makes a dict for what a context holds of one level: PCID (None: the global entries), level, whether it caches tables.
+MakeDict = Callable[[int | None, int, bool], dict[int, Any]]
 
 
 class Tlb:
@@ -117,13 +119,33 @@ class Tlb:
         self._table_ways = {2: shape.pde, 3: shape.pdpte, 4: shape.pml4e, 5: shape.pml5e}
         self._page_order: dict[tuple[int, int], list[tuple[dict[int, int], int]]] = {}
         self._table_order: dict[int, list[tuple[dict[int, tuple[int, int]], int]]] = {}
+        self._make_dict: MakeDict | None = None
 
     def context(self, pcid: int) -> Context:
         """The context of a PCID, made when first asked for."""
         context = self.contexts.get(pcid)
         if context is None:
             context = self.contexts[pcid] = Context(pcid)
+            if self._make_dict is not None:
+                self._remake(context, self._make_dict)
         return context
+
+    def keep_in(self, make_dict: MakeDict) -> None:
+        """Keep entries in dicts of another kind from now on. Whoever holds a context's dicts must take them anew."""
+        self._make_dict = make_dict
+        for context in (self.shared, *self.contexts.values()):
+            self._remake(context, make_dict)
+
+    def _remake(self, context: Context, make_dict: MakeDict) -> None:
+        both: tuple[tuple[bool, dict[int, Any]], ...] = ((False, context.pages), (True, context.tables))
+        for is_table, kept in both:
+            for level, old in list(kept.items()):
+                new = make_dict(context.pcid, level, is_table)
+                new.update(old)
+                kept[level] = new
+                orders: list[Any] = [*self._page_order.values(), *self._table_order.values()]
+                for order in orders:
+                    order[:] = [(new if where is old else where, key) for where, key in order]
 
     def insert(self, context: Context, level: int, la: int, packed: int) -> bool:
         """Cache a leaf in `context` (the shared one for a global page); tell whether another entry had to go."""

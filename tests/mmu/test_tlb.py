@@ -538,3 +538,17 @@ def test_a_rewalk_for_d_that_finds_another_page_drops_the_soft_cache() -> None:
     drops.clear()
     assert pa(mmu, access=W) == NEW
     assert drops == [1]
+
+
+def test_entries_keep_their_places_and_their_order_of_replacement_in_dicts_of_another_kind() -> None:
+    class Other(dict[int, object]):
+        pass
+
+    tlb = Tlb(TlbMode.FINITE, Geometry(sets_4k=1, ways_4k=2))
+    for la in (0x1000, 0x2000):
+        tlb.insert(tlb.context(0), 1, la, la | P | A)
+    tlb.keep_in(lambda pcid, level, is_table: Other())
+    assert isinstance(tlb.context(0).pages[1], Other) and isinstance(tlb.context(7).tables[2], Other)
+    assert tlb.insert(tlb.context(0), 1, 0x3000, 0x3000 | P | A)
+    assert [la for _, _, la, _ in tlb.entries()] == [0x2000, 0x3000]
+    tlb.validate()
