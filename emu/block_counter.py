@@ -36,6 +36,7 @@ _HASH = 0x61C8_8647
 _TRAP_FLAG = 0x100
 # Words of the state that the machine code works on.
 _LEFT, _TABLE, _MASK, _LAST, _ASKED, _REFUSED = range(6)
+LEFT, LAST = _LEFT, _LAST
 _WORDS = 6
 
 # void hook(uc, u64 address, u32 size, i64 *state), System V; an entry is u64 address, u32 size, u32 count.
@@ -106,6 +107,8 @@ class BlockCounter(Allowance):
         self._blocks: dict[tuple[int, int], Block] = {}
         self._kept = (ctypes.c_uint64 * 2)()
         self._kept_block: Block | None = None
+        # Told when the addresses of entries, as `words` has them, no longer hold.
+        self.on_forget: Callable[[], None] = lambda: None
         self._make_table(_FIRST_SIZE)
         self._area = self._make_code()
         self._emu_stop = uclib.uc_emu_stop
@@ -149,6 +152,19 @@ class BlockCounter(Allowance):
             return self._kept_block
         return known
 
+    @property
+    def words(self) -> ctypes.Array[ctypes.c_int64]:
+        """The state, for whoever reads it at every miss of a TLB: word LEFT of the run under way, LAST block's entry (block_at)."""
+        return self._state
+
+    def block_at(self, at: int) -> Block:
+        """The block whose entry is at an address that word LAST had since `on_forget` was told last."""
+        return self._block_at(at)
+
+    def index(self, block: Block, rip: int) -> int:
+        """Which instruction of a block begins at `rip`, 0 for the first. Raises EngineError for none."""
+        return self._index(block, rip)
+
     def settle(self, rip: int) -> None:
         """The engine stopped at an instruction that began: give back those of its block that lie behind it."""
         block = self.running
@@ -188,11 +204,13 @@ class BlockCounter(Allowance):
         self._kept_block = block
         if block is not None:
             self._state[_LAST] = ctypes.addressof(self._kept)
+        self.on_forget()
 
     # ---- the table
 
     def _make_table(self, size: int) -> None:
         self._size = size
+        self.on_forget()
         # Probing never wraps: the slack behind the last slot is always long enough, or the table grows.
         self._table = (ctypes.c_uint64 * (2 * (size + _SLACK)))()
         self._state[_TABLE] = ctypes.addressof(self._table)
