@@ -92,6 +92,11 @@ class Hub:
             total += cpu.engine.counter.executed
         return total
 
+    @property
+    def started(self) -> int:
+        """Instructions of all CPUs before the last start."""
+        return sum(self._start)
+
     def start(self) -> None:
         """Count the CPUs' instructions, and bound them all together, from here; the next turn is CPU 0's."""
         total = self.total()
