@@ -1,0 +1,118 @@
+"""A machine of several CPUs that runs a few instructions on any of them, each in a thread of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from emu.config import MachineConfig
+from emu.guest.asm import assemble
+from emu.guest.expect import Fault
+from emu.kernel.kernel import Kernel
+from emu.kernel.task import KernelThread
+from emu.machine import Machine
+
+PAGE = 4096
+GFP_KERNEL = 0xCC0
+PROBES = """
+section .text
+init_module:
+    ret
+read:
+    mov rax, [rdi]
+    ret
+write:
+    mov qword [rdi], 0x41
+    ret
+touch512:
+    mov ecx, 512
+    mov rdx, rdi
+next:
+    mov rax, [rdx]
+    add rdx, 4096
+    dec ecx
+    jnz next
+    ret
+overflow:
+    mov rax, rsp
+    and rax, -16384
+    mov rcx, rsp
+    mov rsp, rax
+    mov rdx, 0x4141414141414141
+push_below:
+    push rdx
+    mov rsp, rcx
+    ret
+store_below:
+    mov rax, rsp
+    and rax, -16384
+    mov [rax - 8], rdi
+    ret
+push_at:
+    mov rsp, rdi
+    push rax
+    ret
+"""
+
+
+class Cpus:
+    """A machine whose CPUs read and write addresses when they are told to."""
+
+    def __init__(self, cpus: int, **config: object) -> None:
+        self.machine = Machine(MachineConfig(**{"cpus": cpus, "memory": 256 << 20, **config}), limit=10_000_000)
+        self.linked = self.machine.load(assemble(PROBES, "probes.asm"))[1]
+        self.kernel: Kernel = self.machine.kernel
+        self.count = cpus
+        self.fault: Fault | None = None
+        self.thread: KernelThread | None = None
+
+    def do(self, cpu: int, what: str, la: int = 0) -> int | None:
+        """RAX of one of PROBES on a CPU, None when it raised an exception: then `fault` is the first."""
+        self.machine.forget_faults()
+        self.kernel.cpus.current = 0
+        got: list[int] = []
+        thread = self.thread = self.kernel.create_thread(
+            what, cpu, function=self.linked.symbols[what], argument=la, runs=False
+        )
+        thread.on_exit = got.append
+        self.kernel.sched.start(thread)
+        self.machine.hub.run(lambda: bool(got) or thread.state.name == "DEAD")
+        self.fault = next(iter(self.machine.faults), None)
+        if not got:
+            self.kernel.abandon(thread)
+        self.settle()
+        return got[0] if got else None
+
+    def settle(self) -> None:
+        """Let the CPUs finish what they still have to do, such as the exit of a thread, until all are idle."""
+        self.machine.hub.run(lambda: all(self.kernel.sched.idling))
+
+    def faults(self, cpu: int, la: int, error: int = 0) -> bool:
+        """Whether a read there, or a write for an `error` with W, is a page fault with just that error code on that CPU."""
+        done = self.do(cpu, "write" if error & 2 else "read", la)
+        return done is None and self.fault is not None and (self.fault.vector, self.fault.error, self.fault.address) == (14, error, la)
+
+    def cached(self, la: int) -> list[int]:
+        """The CPUs whose TLB has a translation of an address."""
+        return [cpu.id for cpu in self.machine.cpus if cpu.mmu.query(la) is not None]
+
+    def on(self, cpu: int) -> Kernel:
+        """The kernel, run by a CPU from now on."""
+        self.kernel.cpus.current = cpu
+        return self.kernel
+
+    def vmalloc(self, pages: int, cpu: int = 0) -> int:
+        la = self.on(cpu).vmalloc.vmalloc(pages * PAGE)
+        assert la
+        return la
+
+    def frames(self, count: int) -> np.ndarray:
+        return np.array([self.kernel.pages.alloc_pages(GFP_KERNEL) for _ in range(count)], dtype=np.int64)
+
+    def counted(self) -> tuple[int, int, int, int]:
+        """IPIs, INVLPGs, flushes of ranges and full flushes so far."""
+        counts = self.machine.counts()
+        return counts["ipi"], counts["invlpg"], counts["flush"], counts["full-flush"]
+
+    def since(self, before: tuple[int, int, int, int]) -> tuple[int, ...]:
+        """What was counted in the meantime."""
+        return tuple(now - then for now, then in zip(self.counted(), before, strict=True))
