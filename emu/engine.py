@@ -131,10 +131,10 @@ class Engine(CodeReader):
     def _make_counter(self, limit: int) -> Allowance:
         if not BlockCounter.available():
             return InstructionCounter(self.uc, limit)
-        self._blocks = BlockCounter(self.uc, limit, self.peek, self._fail)
+        self._blocks = BlockCounter(self.uc, limit, self.peek, self.fail)
         return self._blocks
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """An error in a callback: the run raises it."""
         self._callback_error = error
 

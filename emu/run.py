@@ -97,8 +97,14 @@ def _attempt(
             break
         # The same run once more, to remember what its reports lack: remembering it always would slow down every fill.
         track = Tracking.of(machine.tlbsan.findings)
+    return judged(program, config, limit, machine, outcome, tuple(events)), machine
+
+
+def judged(
+    program: Program, config: MachineConfig, limit: int, machine: Machine, outcome: Outcome, events: tuple[Event, ...] = ()
+) -> RunResult:
+    """What became of a guest that `machine` has run to `outcome`."""
     failures = tuple(judge(program.directives.expectations, outcome))
     places = tuple(machine.place_of(fault.address) for fault in outcome.faults if fault.address is not None)
     findings = () if machine.tlbsan is None else tuple(machine.tlbsan.findings)
-    result = RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, tuple(events), findings)
-    return result, machine
+    return RunResult(program.path, config, limit, outcome, failures, machine.statistics, places, events, findings)

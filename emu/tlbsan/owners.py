@@ -49,7 +49,7 @@ def frame_owner(kernel: Kernel, pfn: int) -> str:
         for va in node.busy:
             vm = va.vm
             if isinstance(vm, VmStruct):
-                page = _page_in(kernel, vm, pfn)
+                page = page_in(kernel, vm, pfn)
                 if page is not None:
                     return place_of(kernel, vm.addr + page * PAGE_SIZE)
     if pages.page_count(pfn):
@@ -57,7 +57,7 @@ def frame_owner(kernel: Kernel, pfn: int) -> str:
     return "part of a larger allocated block, or reserved at boot"
 
 
-def _page_in(kernel: Kernel, vm: VmStruct, pfn: int) -> int | None:
+def page_in(kernel: Kernel, vm: VmStruct, pfn: int) -> int | None:
     if vm.pages is not None:
         found = (vm.pages == pfn).nonzero()[0]
         return int(found[0]) if len(found) else None

@@ -1,0 +1,354 @@
+"""Recording what happens to translations: each store to a page table, each entry that a TLB takes in or gives up, each flush.
+
+A machine that nobody records pays nothing: the dicts in which the MMU keeps its entries are replaced by ones that tell
+(Mmu.keep_translations_in), and methods by ones that tell first. A record is a tuple until somebody asks: what costs time to find
+out (the instruction inside a block, names) is found out then. emu/debug/history_records.py says what a record means.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from emu.block_counter import LAST, LEFT, Block, BlockCounter
+from emu.cpu import Cpu
+from emu.debug.table_stores import Chunk, KnownTables, TableStores
+from emu.engine_registers import REGISTERS
+from emu.kernel.init_64 import PTI_USER_PGD
+from emu.kernel.task import KernelThread
+from emu.machine import Machine
+from emu.mmu.entry import PHYSICAL_MASK
+from emu.mmu.mmu import Mmu
+from emu.mmu.table_frames import TableFrames
+from emu.mmu.watch import Watch
+from emu.native import NativeEngine
+from emu.trace import Event, FlushIssued, TlbFlushed
+
+# A record takes 150 to 300 bytes of the host's memory, and the words that were stored.
+RING = 1 << 19
+# What a raw record begins with.
+FILL, SET, DROP, STORE, GUEST_STORE, BEGIN, STOP, ROOT, INVALIDATE, FLUSH, FLUSHED = range(11)
+Raw = tuple[Any, ...]
+# PCID (-1: global), level, whether of the paging-structure caches, linear address above the bits that the level spans.
+Key = tuple[int, int, bool, int]
+Value = int | tuple[int, int]
+_put = dict.__setitem__
+_pop = dict.pop
+_clear = dict.clear
+
+
+class Recorded(dict[int, Any]):
+    """What one CPU caches of one level, PCID and kind. Subclasses, one for each CPU, tell what goes in and out."""
+
+    __slots__ = ("cpu", "level", "pcid", "table")
+
+    def __init__(self, cpu: int, pcid: int | None, level: int, table: bool) -> None:
+        super().__init__()
+        self.cpu = cpu
+        self.pcid = -1 if pcid is None else pcid
+        self.level = level
+        self.table = table
+
+
+class History:
+    """The recorder of one machine, from its making to the end of its guest's run.
+
+    At most `ring` records are kept; when there are more, `spill` is given the older half to do with as it likes (None: they are
+    forgotten, with what they say folded into the state that the records begin with). Raises ValueError for a machine that does not
+    count instructions, or whose TLB is not ours.
+    """
+
+    def __init__(self, machine: Machine, *, ring: int = RING) -> None:
+        if ring < 2:
+            raise ValueError(f"a ring of {ring} records is too small: at least 2")
+        if any(isinstance(cpu.engine, NativeEngine) for cpu in machine.cpus):
+            raise ValueError("a native machine has no history: its TLB is Unicorn's own")
+        if any(cpu.engine.counter is None for cpu in machine.cpus):
+            raise ValueError("a machine that does not count instructions has no history")
+        self.machine = machine
+        self.kernel = machine.kernel
+        self.ring = ring
+        self.raw: list[Raw] = []
+        self.spill: Callable[[], None] | None = None
+        visited = machine.tlbsan.tables if machine.tlbsan is not None else TableFrames()
+        self.tables = KnownTables(visited)
+        self.stores = TableStores(machine.memory, machine.config.levels, self.tables)
+        self._sched = self.kernel.sched
+        self._cpus = self.kernel.cpus
+        # Instructions of all CPUs but the one in charge, since their boot, and the one in charge.
+        self._others = 0
+        self._counter = machine.cpu.engine.counter
+        self._seen = [0] * len(machine.cpus)
+        self._roots: list[tuple[int, int]] = []
+        for cpu in machine.cpus:
+            self._see_stores(cpu)
+        init_mm = self.kernel.init_mm
+        for pgd in (init_mm.pgd, *init_mm.pgds):
+            self.stores.add_root(pgd)
+            if init_mm.pti:
+                self.stores.add_root(pgd + PTI_USER_PGD)
+        for cpu in machine.cpus:
+            for cr3 in (cpu.mmu.cr3, *cpu.mmu.roots.values()):
+                self.stores.add_root(cr3 & PHYSICAL_MASK)
+        # What the records begin with: tables by frame, and for each CPU its entries and the CR3 of each PCID.
+        self.frames = self.stores.contents()
+        self.cached = [cached_by(cpu.mmu) for cpu in machine.cpus]
+        self.roots = [dict(cpu.mmu.roots) for cpu in machine.cpus]
+        self.current = [(cpu.mmu.pcid, cpu.mmu.cr3) for cpu in machine.cpus]
+        self._roots = list(self.current)
+        for cpu in machine.cpus:
+            self._see_translations(cpu)
+        self._see_turns()
+
+    # ---------------------------------------------------------------- time and place
+
+    @property
+    def start(self) -> int:
+        """Instructions of all CPUs before the guest was called: a step is a total less this."""
+        return self.machine.hub.started
+
+    @property
+    def steps(self) -> int:
+        """Instructions that the guest's run has had so far."""
+        return (self.machine.hub.total() or 0) - self.start
+
+    def _total(self) -> int:
+        counter = self._counter
+        assert counter is not None
+        return self._others + counter.executed
+
+    def _scene(self) -> tuple[int, int, int, KernelThread | None]:
+        """Instructions so far, the stub or the instruction, the return address of an exported call, the thread."""
+        activation = self._sched.activation
+        if activation is not None:
+            return self._total(), activation.la, activation.caller, activation.thread
+        number = self._cpus.current
+        return self._total(), self.machine.cpus[number].rip, 0, self._sched.running[number]
+
+    def _add(self, record: Raw) -> None:
+        self.raw.append(record)
+        if len(self.raw) > self.ring:
+            self._overflow()
+
+    def _overflow(self) -> None:
+        if self.spill is not None:
+            self.spill()
+
+    def _see_turns(self) -> None:
+        """Tell the beginning and the end of each run of a CPU: those are the places where a limit would stop the machine."""
+        hub = self.machine.hub
+        execute = hub._execute
+        begin = hub.start
+        add, seen, cpus = self._add, self._seen, self.machine.cpus
+        running = self._sched.running
+        before = 0
+
+        def start() -> None:
+            nonlocal before
+            begin()
+            for cpu in cpus:
+                counter = cpu.engine.counter
+                seen[cpu.id] = 0 if counter is None else counter.executed
+            before = sum(seen)
+
+        def execute_and_tell(number: int, budget: int | None) -> Any:
+            nonlocal before
+            counter = self._counter = cpus[number].engine.counter
+            self._others = before - seen[number]
+            add((BEGIN, number, running[number], before, self._others))
+            result = execute(number, budget)
+            assert counter is not None
+            executed = counter.executed
+            before = self._others + executed
+            seen[number] = executed
+            # Nested runs may have put another CPU in charge.
+            self._counter, self._others = counter, before - executed
+            add((STOP, before))
+            return result
+
+        hub.start = start  # type: ignore[method-assign]
+        hub._execute = execute_and_tell  # type: ignore[method-assign]
+        for cpu in cpus:
+            self._see_interrupts(cpu)
+        sink = self.machine.flushes.sink
+
+        def flush(event: Event) -> None:
+            if isinstance(event, FlushIssued):
+                add((FLUSH, event, *self._scene()))
+            elif isinstance(event, TlbFlushed):
+                add((FLUSHED, event, *self._scene()))
+            sink(event)
+
+        self.machine.flushes.sink = flush
+
+    def _see_interrupts(self, cpu: Cpu) -> None:
+        take = cpu._take_pending
+
+        def take_pending() -> bool:
+            # The machine may be stopped here: what a delivery does to the TLB comes after that.
+            self._add((STOP, self._total()))
+            return take()
+
+        cpu._take_pending = take_pending  # type: ignore[method-assign]
+
+    # ---------------------------------------------------------------- page tables
+
+    def _see_stores(self, cpu: Cpu) -> None:
+        mmu, engine, tables = cpu.mmu, cpu.engine, self.tables
+        if mmu.watch is None:
+            mmu.watch = Watch(mmu, tables, lambda use: None)
+        watch = mmu.watch
+        watch.tables = tables
+        if self.machine.tlbsan is not None:
+            self.machine.tlbsan.tables = tables
+        tables.on_new = self.machine.memory.no_stores_unseen
+        told, told_model = engine.on_table_store, watch.on_store
+        number = cpu.id
+
+        def guest_store(frame: int, before: bytes, after: bytes) -> None:
+            chunks = self.stores.written(frame, before, after)
+            if chunks:
+                rip, total = cpu.engine.reg("rip"), self._total()
+                block = None if engine.block_counter is None else engine.block_counter.running
+                if block is not None:
+                    # The instruction was a block of its own, and was counted before it ran.
+                    rip = block.start
+                    total -= block.count
+                self._add((GUEST_STORE, number, chunks, total, rip, self._sched.running[number]))
+            told(frame, before, after)
+
+        def model_store(frame: int, before: bytes, after: bytes) -> None:
+            self._stored(self.stores.written(frame, before, after), "")
+            told_model(frame, before, after)
+
+        engine.tables = tables
+        engine.on_table_store = guest_store
+        watch.on_store = model_store
+        changes = self.kernel.pages.table_changes
+        changes.stored = self._range_stored
+        changes.stored_entry = lambda entry_pa, function: self._stored(self.stores.stored_entry(entry_pa), function)
+
+    def _range_stored(self, pgd: int, start: int, end: int, function: str, tables: bool) -> None:
+        self._stored(self.stores.stored(pgd, start, end, tables), function)
+        if function == "free_pgtables" and all(cpu.mmu.cr3 & PHYSICAL_MASK != pgd for cpu in self.machine.cpus):
+            self.stores.drop_root(pgd)
+
+    def _stored(self, chunks: list[Chunk], function: str) -> None:
+        if chunks:
+            self._add((STORE, self._cpus.current, chunks, function, *self._scene()))
+
+    # ---------------------------------------------------------------- TLBs
+
+    def _see_translations(self, cpu: Cpu) -> None:
+        mmu, number = cpu.mmu, cpu.id
+        kind = self._make_recorded(cpu)
+        mmu.keep_translations_in(lambda pcid, level, table: kind(number, pcid, level, table))
+        enter = mmu._enter_address_space
+
+        def enter_address_space() -> None:
+            enter()
+            self._entered(number, mmu)
+
+        mmu._enter_address_space = enter_address_space  # type: ignore[method-assign]
+        watch = mmu.watch
+        assert watch is not None
+        told = watch.on_invalidate
+
+        def invalidated(pcid: int | None, la: int | None, shared: bool) -> None:
+            self._add((INVALIDATE, number, _tag(pcid), -1 if la is None else la, shared, *self._scene()))
+            told(pcid, la, shared)
+
+        watch.on_invalidate = invalidated
+
+    def _entered(self, number: int, mmu: Mmu) -> None:
+        """A CPU's CR3 or PCID may have changed."""
+        root = mmu.pcid, mmu.cr3
+        if root == self._roots[number]:
+            return
+        self._roots[number] = root
+        self._stored(self.stores.add_root(mmu.cr3 & PHYSICAL_MASK), "")
+        self._add((ROOT, number, *root, *self._scene()))
+
+    def _make_recorded(self, cpu: Cpu) -> Callable[[int, int | None, int, bool], Recorded]:
+        """The kind of dict for a CPU: closures, as an attribute's look-up would be a tenth of a record's time (0.9 us)."""
+        engine, raw, ring = cpu.engine, self.raw, self.ring
+        counter: Any = engine.counter
+        blocks = engine.block_counter
+        words: Any = blocks.words if blocks is not None else (0, 0)
+        known: dict[int, Block] = {}
+        word = ctypes.c_uint64()
+        read, handle, reference, rip = engine._reg_read, engine._handle, ctypes.byref(word), REGISTERS["rip"]
+        append, add, scene, overflow = raw.append, self._add, self._scene, self._overflow
+        find = _finder(blocks, known)
+
+        def here() -> tuple[int, int, Block | None]:
+            read(handle, rip, reference)
+            return word.value, counter.left, known.get(words[LAST]) or find(words[LAST])
+
+        class Of(Recorded):
+            __slots__ = ()
+
+            def __setitem__(self, key: int, value: Any) -> None:
+                _put(self, key, value)
+                if engine._running:
+                    read(handle, rip, reference)
+                    append((
+                        FILL, self, key, value, word.value, counter._reserve + words[LEFT] if blocks is not None else counter.left,
+                        known.get(words[LAST]) or find(words[LAST]),
+                    ))
+                    if len(raw) > ring:
+                        overflow()
+                else:
+                    add((SET, self, key, value, *scene()))
+
+            def pop(self, key: int, *default: Any) -> Any:
+                if key in self:
+                    self._gone(key)
+                return _pop(self, key, *default)
+
+            def __delitem__(self, key: int) -> None:
+                self._gone(key)
+                _pop(self, key)
+
+            def clear(self) -> None:
+                if self:
+                    self._gone(-1)
+                    _clear(self)
+
+            def _gone(self, key: int) -> None:
+                if engine._running:
+                    add((DROP, self, key, True, *here()))
+                else:
+                    add((DROP, self, key, False, *scene()))
+
+        return Of
+
+
+def cached_by(mmu: Mmu) -> dict[Key, Value]:
+    """All that a CPU caches: packed leaves, and of paging-structure caches (table pa >> 3, rights mask), by what they serve."""
+    found: dict[Key, Value] = {}
+    for context, level, la, packed in mmu.tlb.entries():
+        found[_tag(context.pcid), level, False, la >> 9 * level + 3] = packed
+    for context, level, la, table, rights in mmu.tlb.tables():
+        found[_tag(context.pcid), level, True, la >> 9 * level + 3] = table >> 3, rights
+    return found
+
+
+def _tag(pcid: int | None) -> int:
+    return -1 if pcid is None else pcid
+
+
+def _finder(blocks: BlockCounter | None, known: dict[int, Block]) -> Callable[[int], Block | None]:
+    """Finds the block of an entry that `known` lacks. Blocks are asked for when seen: their entries do not stay."""
+    if blocks is None:
+        return lambda at: None
+    blocks.on_forget = known.clear
+
+    def find(at: int) -> Block | None:
+        if not at:
+            return None
+        known[at] = block = blocks.block_at(at)
+        return block
+
+    return find
