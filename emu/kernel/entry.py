@@ -198,7 +198,7 @@ class ExceptionEntry:
     def report_bug(self, cpu: KernelCpu, site: Site) -> Ending:
         """Print the oops of a BUG in kernel code that the model executes."""
         regs = self._regs_at(cpu, site)
-        context = DieContext(irqs_disabled=not regs.flags & X86_EFLAGS_IF)
+        context = dataclasses.replace(self._context(cpu), irqs_disabled=not regs.flags & X86_EFLAGS_IF)
         action = traps.Die("invalid opcode", 0, context, bug=traps.BugEntry(site.file, site.line))
         report = traps.report(self.oops_source(cpu), self.kernel.oops_state, action, regs)
         self.kernel.print_lines(report.lines)

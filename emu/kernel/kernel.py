@@ -24,7 +24,7 @@ from emu.kernel.irq import Irqs
 from emu.kernel.irq_stack import map_irq_stack
 from emu.kernel.kernel_cpu import KernelCpu, TlbFlush
 from emu.kernel.kernel_text import KernelText
-from emu.kernel.kernel_threads import RFLAGS_IF, KernelThreads
+from emu.kernel.kernel_threads import KernelThreads
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE, make_layout
 from emu.kernel.mempolicy import TaskMempolicy
 from emu.kernel.mmu_context import MmuContexts
@@ -34,7 +34,7 @@ from emu.kernel.percpu import PerCpu
 from emu.kernel.preempt import PreemptCount
 from emu.kernel.printk import KernelLog
 from emu.kernel.profile import Profile
-from emu.kernel.ptrace import PtRegs
+from emu.kernel.ptrace import X86_EFLAGS_IF, PtRegs
 from emu.kernel.purge import VmapSpace
 from emu.kernel.ratelimit import RatelimitState
 from emu.kernel.sched import Scheduler
@@ -308,7 +308,7 @@ class Kernel(KernelThreads):
         if result is not None:
             cpu.set_reg("rax", result & 0xFFFF_FFFF_FFFF_FFFF)
         cpu.set_reg("rip", la + 1)
-        if self.sched.need_resched[cpu.id] and not self._preempt[cpu.id].in_atomic and cpu.reg("rflags") & RFLAGS_IF:
+        if self.sched.need_resched[cpu.id] and self._preemptible:
             self.sched.yield_cpu()
 
     # ---- the CPUs
@@ -359,14 +359,24 @@ class Kernel(KernelThreads):
             self.sync.timers.jiffies  # noqa: B018  # reading it brings the word that guests see up to date
 
     def schedule_work(self, work: Callable[[], None]) -> None:
-        """Queue work: it runs when the exported function under way is done, in task context."""
-        if self._concurrent is not None:
-            self._concurrent.workqueues.schedule_work(work)
+        """Queue work: it runs in task context, when the exported function under way is done or by a worker's thread.
+
+        With one CPU a worker is needed only where the function may not be followed by another thread.
+        """
+        if self.sync is not None and self.sched.in_thread and (self.cpus.online > 1 or not self._preemptible):
+            self.sync.workqueues.schedule_work(work)
         else:
             self._work.append(work)
 
+    @property
+    def _preemptible(self) -> bool:
+        """Another thread could run on this CPU now (v6.12 include/linux/preempt.h preemptible)."""
+        if self._preempt[self.cpus.current].in_atomic:
+            return False
+        return not self.sched.in_thread or bool(self.cpu.reg("rflags") & X86_EFLAGS_IF)
+
     def _run_work(self) -> None:
-        while self._work or self._rcu_callbacks:
+        while (self._work or self._rcu_callbacks) and self._preemptible:
             if self._work:
                 self._work.pop(0)()
             else:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from emu.config import MachineConfig
 from emu.guest.asm import assemble
 from emu.guest.expect import Fault
+from emu.hub import Finish
 from emu.kernel.kernel import Kernel
+from emu.kernel.softirq import Softirq
 from emu.kernel.task import KernelThread
 from emu.machine import Machine
 
 PAGE = 4096
 GFP_KERNEL = 0xCC0
+VECTOR = 0x40
 PROBES = """
 section .text
 init_module:
@@ -31,6 +36,62 @@ next:
     add rdx, 4096
     dec ecx
     jnz next
+    ret
+vfree_read:
+    push rbx
+    mov rbx, rdi
+    call vfree
+    mov rax, [rbx + 8]
+    pop rbx
+    ret
+vfree_read_bh:
+    push rbx
+    push r12
+    sub rsp, 8
+    mov rbx, rdi
+    xor edi, edi
+    mov esi, 0x200
+    call __local_bh_disable_ip
+    mov rdi, rbx
+    call vfree
+    mov r12, [rbx + 8]
+    xor edi, edi
+    mov esi, 0x200
+    call __local_bh_enable_ip
+    mov rax, r12
+    add rsp, 8
+    pop r12
+    pop rbx
+    ret
+vfree_atomic_preempt:
+    push rbx
+    push r12
+    sub rsp, 8
+    mov rbx, rdi
+    mov edi, 1
+    call preempt_count_add
+    mov rdi, rbx
+    call vfree_atomic
+    xor edi, edi
+    call vfree
+    mov r12, [rbx + 8]
+    mov edi, 1
+    call preempt_count_sub
+    mov rax, r12
+    add rsp, 8
+    pop r12
+    pop rbx
+    ret
+vfree_atomic_irq:
+    push rbx
+    cli
+    mov rbx, rdi
+    call vfree_atomic
+    xor edi, edi
+    call vfree
+    mov rax, [rbx + 8]
+    sti
+    pop rbx
     ret
 overflow:
     mov rax, rsp
@@ -83,13 +144,33 @@ class Cpus:
         return got[0] if got else None
 
     def settle(self) -> None:
-        """Let the CPUs finish what they still have to do, such as the exit of a thread, until all are idle."""
-        self.machine.hub.run(lambda: all(self.kernel.sched.idling))
+        """Let the CPUs finish what they still have to do, such as the exit of a thread, until nobody can go on."""
+        self.machine.hub.run(lambda: False)
+
+    def interrupt(self, cpu: int, function: Callable[[], object], context: str = "hardirq") -> Finish:
+        """Run `function` on a CPU in a hard interrupt, a softirq or an NMI, and let the CPUs settle."""
+        kernel = self.kernel
+        kernel.cpus.current = 0
+        if context == "nmi":
+            kernel.irqs.nmi_handlers[:] = [lambda: bool(function()) or True]
+            kernel.send_nmi(cpu)
+        else:
+            softirqs = kernel.sync.softirqs
+            softirqs.actions[Softirq.NET_RX] = function
+            hard = function if context == "hardirq" else lambda: softirqs.raise_softirq(Softirq.NET_RX)
+            kernel.irqs.handlers[VECTOR] = lambda vector: hard()
+            kernel.send_ipi(cpu, VECTOR)
+        return self.machine.hub.run(lambda: False)
+
+    def guest(self, name: str, *arguments: int) -> int:
+        """Call one of PROBES from a handler of `interrupt`, on the CPU that runs it."""
+        return self.kernel.sched.call_guest(self.linked.symbols[name], *arguments)
 
     def faults(self, cpu: int, la: int, error: int = 0) -> bool:
         """Whether a read there, or a write for an `error` with W, is a page fault with just that error code on that CPU."""
-        done = self.do(cpu, "write" if error & 2 else "read", la)
-        return done is None and self.fault is not None and (self.fault.vector, self.fault.error, self.fault.address) == (14, error, la)
+        if self.do(cpu, "write" if error & 2 else "read", la) is not None or self.fault is None:
+            return False
+        return (self.fault.vector, self.fault.error, self.fault.address) == (14, error, la)
 
     def cached(self, la: int) -> list[int]:
         """The CPUs whose TLB has a translation of an address."""
