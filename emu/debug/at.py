@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from emu.guest.directives import MachineOptions
 from emu.guest.program import Program
+from emu.hub import Final, Finish
 from emu.machine import Machine
 from emu.run import RunResult, configure
 from emu.tlbsan import Finding
@@ -20,6 +19,13 @@ class PastTheEnd(ValueError):
         self.steps = steps
 
 
+class _Stopped(Machine):
+    """A machine that its limit stops without a word: a report reads stacks, by which TLBs change."""
+
+    def _ending(self, finish: Finish) -> str:
+        return "limit" if finish.final is Final.LIMIT else super()._ending(finish)
+
+
 def machine_at(program: Program, overrides: MachineOptions, step: int) -> tuple[RunResult, Machine]:
     """The machine when `step` instructions of all CPUs are complete since the guest's call, and the run up to there.
 
@@ -30,16 +36,11 @@ def machine_at(program: Program, overrides: MachineOptions, step: int) -> tuple[
     config, limit = configure(program.directives.machine, overrides)
     if step < 0:
         raise ValueError(f"step is {step}; it must be at least 0")
-    machine = Machine(config, limit=min(step, limit))
+    machine = _Stopped(config, limit=min(step, limit))
     outcome = machine.run(program)
     steps = (machine.hub.total() or 0) - machine.hub.started
     if steps < step:
         raise PastTheEnd(step, steps)
     findings: tuple[Finding, ...] = () if machine.tlbsan is None else tuple(machine.tlbsan.findings)
     places = tuple(machine.place_of(fault.address) for fault in outcome.faults if fault.address is not None)
-    # What the machine prints when its limit stops it is no part of the run.
-    if outcome.ended == "limit":
-        log = tuple(outcome.log)
-        cut = next((n for n, line in enumerate(log) if line.startswith("vmemu: CPU ") and "reached the instruction limit" in line), None)
-        outcome = replace(outcome, log=log[:cut])
     return RunResult(program.path, config, step, outcome, (), machine.statistics, places, (), findings), machine

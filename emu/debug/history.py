@@ -23,12 +23,13 @@ from emu.mmu.mmu import Mmu
 from emu.mmu.table_frames import TableFrames
 from emu.mmu.watch import Watch
 from emu.native import NativeEngine
+from emu.stop_reason import StopReason
 from emu.trace import Event, FlushIssued, TlbFlushed
 
 # A record takes 150 to 300 bytes of the host's memory, and the words that were stored.
 RING = 1 << 19
 # What a raw record begins with.
-FILL, SET, DROP, STORE, GUEST_STORE, BEGIN, STOP, ROOT, INVALIDATE, FLUSH, FLUSHED = range(11)
+FILL, SET, DROP, STORE, GUEST_STORE, BEGIN, STOP, ROOT, INVALIDATE, FLUSH, FLUSHED, START = range(12)
 Raw = tuple[Any, ...]
 # PCID (-1: global), level, whether of the paging-structure caches, linear address above the bits that the level spans.
 Key = tuple[int, int, bool, int]
@@ -80,6 +81,8 @@ class History:
         self._others = 0
         self._counter = machine.cpu.engine.counter
         self._seen = [0] * len(machine.cpus)
+        # The run of an engine that is about to begin is the first since the CPU was put in charge.
+        self._first = True
         self._roots: list[tuple[int, int]] = []
         for cpu in machine.cpus:
             self._see_stores(cpu)
@@ -151,11 +154,13 @@ class History:
                 counter = cpu.engine.counter
                 seen[cpu.id] = 0 if counter is None else counter.executed
             before = sum(seen)
+            add((START,))
 
         def execute_and_tell(number: int, budget: int | None) -> Any:
             nonlocal before
             counter = self._counter = cpus[number].engine.counter
             self._others = before - seen[number]
+            self._first = True
             add((BEGIN, number, running[number], before, self._others))
             result = execute(number, budget)
             assert counter is not None
@@ -170,7 +175,7 @@ class History:
         hub.start = start  # type: ignore[method-assign]
         hub._execute = execute_and_tell  # type: ignore[method-assign]
         for cpu in cpus:
-            self._see_interrupts(cpu)
+            self._see_runs(cpu)
         sink = self.machine.flushes.sink
 
         def flush(event: Event) -> None:
@@ -182,15 +187,29 @@ class History:
 
         self.machine.flushes.sink = flush
 
-    def _see_interrupts(self, cpu: Cpu) -> None:
-        take = cpu._take_pending
+    def _see_runs(self, cpu: Cpu) -> None:
+        """A limit stops a CPU also between two runs of its engine, and before it takes an interrupt."""
+        take, run, step = cpu._take_pending, cpu.engine.run, cpu.engine.step
 
         def take_pending() -> bool:
-            # The machine may be stopped here: what a delivery does to the TLB comes after that.
             self._add((STOP, self._total()))
             return take()
 
+        def run_and_tell(rip: int, budget: int | None = None, *, exact: bool = True) -> StopReason:
+            if self._first:
+                self._first = False
+            else:
+                self._add((STOP, self._total()))
+            return run(rip, budget, exact=exact)
+
+        def step_and_tell(rip: int) -> StopReason:
+            self._first = False
+            self._add((STOP, self._total()))
+            return step(rip)
+
         cpu._take_pending = take_pending  # type: ignore[method-assign]
+        cpu.engine.run = run_and_tell  # type: ignore[method-assign]
+        cpu.engine.step = step_and_tell  # type: ignore[method-assign]
 
     # ---------------------------------------------------------------- page tables
 

@@ -22,6 +22,7 @@ from emu.debug.history import (
     INVALIDATE,
     ROOT,
     SET,
+    START,
     STOP,
     STORE,
     History,
@@ -112,6 +113,7 @@ class Reader:
     def __init__(self, history: History) -> None:
         self.history = history
         self._since = 0
+        self._started = False
         self._threads: dict[int, Any] = {}
         self._others: dict[int, int] = {}
         self._limits = {cpu.id: _limit(cpu) for cpu in history.machine.cpus}
@@ -129,6 +131,9 @@ class Reader:
                 self._stop(total - start)
             elif kind == STOP:
                 self._stop(record[1] - start)
+            elif kind == START:
+                self._started = True
+                self._stop(0)
             elif kind == FILL:
                 _, kept, number, value, rip, left, block = record
                 page = record if not kept.table else _page_of(raw, at)
@@ -140,7 +145,8 @@ class Reader:
 
     def _stop(self, step: int) -> None:
         """Here a limit of `step` would have stopped the machine."""
-        self._since = max(self._since, step + 1)
+        if self._started:
+            self._since = max(self._since, step + 1)
 
     def _change(self, record: Raw, start: int) -> AnyChange:
         match record[0]:
