@@ -77,6 +77,7 @@ class Tracer:
         self._running = kernel.sched.running
         self._symbolize = kernel.symbolize
         self._executed = [0] * len(machine.cpus)
+        self._last = machine.cpu
         # The counters' sum when the guest was called; None before.
         self._base: int | None = None
         # An instruction that its CPU carries out now, or a delivery under way.
@@ -123,7 +124,9 @@ class Tracer:
         if self._base is None:
             self._executed = [other.engine.counter.executed for other in self.machine.cpus if other.engine.counter is not None]
             self._base = sum(self._executed)
+        self._executed[self._last.id] = self._last.engine.counter.executed if self._last.engine.counter is not None else 0
         self._executed[cpu.id] = counter.executed
+        self._last = cpu
         step = sum(self._executed) - self._base
         if not 0 <= step - self.step <= 1:
             raise EngineError(f"the trace has {self.step} instructions, and the counters say {step}")
