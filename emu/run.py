@@ -95,8 +95,9 @@ def _attempt(
         outcome = machine.run(program, timeout=timeout)
         if machine.tlbsan is None or not machine.tlbsan.findings or track is not NOTHING_TRACKED:
             break
-        # The same run once more, to remember what its reports lack: remembering it always would slow down every fill.
+        # The same run once more, to remember what its reports lack, counted: doing so always would slow down every run.
         track = Tracking.of(machine.tlbsan.findings)
+        counted, timeout = limit, None
     return judged(program, config, limit, machine, outcome, tuple(events)), machine
 
 
