@@ -131,7 +131,16 @@ class KernelThreads:
         thread.activations = []
         if self.sync is not None:
             self.sync.thread_died(thread)
+        self._exit_mm(thread)
         self.idle_again(thread.cpu)
+
+    def _exit_mm(self, thread: KernelThread) -> None:
+        """A thread that dies where it stands has no mm any more; its CPU keeps it loaded, lazily (v6.12 kernel/exit.c exit_mm)."""
+        thread.mm = None
+        if self.sched.running[thread.cpu] is thread:
+            here, self.cpus.current = self.cpus.current, thread.cpu
+            self.contexts.enter_lazy_tlb()
+            self.cpus.current = here
 
     def exit_thread(self, thread: KernelThread) -> None:
         """A thread is dead and off its CPU: its stack is given back. Raises ValueError when it has been already."""
@@ -166,6 +175,12 @@ class KernelThreads:
         self._leaving = None
         if self.contexts.design.syncs_stack:
             self._prepare_switch_to(self._cpus[following.cpu])
+        self._finish_task_switch(previous)
+
+    def _finish_task_switch(self, previous: KernelThread) -> None:
+        """Nothing stands on the last thread's stack any more: a dead one gives it back (v6.12 finish_task_switch)."""
+        if previous.state is ThreadState.DEAD and previous.stack_vm_area is not None:
+            self.exit_thread(previous)
 
     def _sync_current_stack(self, pgd: int) -> None:
         """A PGD is about to be loaded: it gets the entry of the stack in use."""

@@ -61,9 +61,10 @@ class TlbContext:
 
 @dataclass(slots=True)
 class TlbState:
-    """One CPU's struct tlb_state and tlb_state_shared."""
+    """One CPU's struct tlb_state and tlb_state_shared. `cr3` is what was written when the mm was loaded, without bit 63."""
 
     loaded_mm: MmContext
+    cr3: int = 0
     loaded_mm_asid: int = 0
     next_asid: int = 1
     is_lazy: bool = False
@@ -102,9 +103,11 @@ class MmuContexts:
         self.last_mm_ctx_id = INIT_CTX_ID
         self.cpu_tlbstate = [TlbState(self.init_mm) for _ in range(kernel.cpus.possible)]
         for state in self.cpu_tlbstate:
-            state.loaded.ctx_id = INIT_CTX_ID
+            state.loaded.ctx_id, state.cr3 = INIT_CTX_ID, self.build_cr3(self.init_mm, 0)
         self.counters = SwitchCounters()
         self.sync_current_stack: Callable[[int], None] = lambda pgd: None
+        # Guest code may write CR3 behind all this; like a kernel without CONFIG_DEBUG_VM, nothing here looks whether it did.
+        self.guests_write_cr3 = True
 
     # ---- CR3
 
@@ -152,7 +155,8 @@ class MmuContexts:
         """A CPU comes up, with the PGD of its loaded mm in CR3 and CR4.PCIDE as it will stay: ASID 0, all others forgotten."""
         state = self.cpu_tlbstate[cpu]
         mm = state.loaded_mm
-        self.kernel.cpu_by_number(cpu).set_reg("cr3", self.build_cr3(mm, 0))
+        state.cr3 = self.build_cr3(mm, 0)
+        self.kernel.cpu_by_number(cpu).set_reg("cr3", state.cr3)
         state.loaded_mm_asid, state.next_asid = 0, 1
         state.ctxs = [TlbContext() for _ in range(TLB_NR_DYN_ASIDS)]
         state.ctxs[0].ctx_id, state.ctxs[0].tlb_gen = mm.ctx_id, self.init_mm.tlb_gen
@@ -221,7 +225,7 @@ class MmuContexts:
         state.invalidate_other = False
 
     def _load_new_mm_cr3(self, cpu: int, mm: MmContext, asid: int, need_flush: bool) -> None:
-        cr3 = self.build_cr3(mm, asid)
+        cr3 = self.cpu_tlbstate[cpu].cr3 = self.build_cr3(mm, asid)
         if need_flush:
             self.invalidate_user_asid(cpu, asid)
             self.counters.flushed[cpu] += 1
@@ -255,11 +259,18 @@ class MmuContexts:
             self.kernel.warn("leave_mm")
         self.switch_mm_irqs_off(self.init_mm)
 
+    def foreign_cr3(self, cpu: int) -> int | None:
+        """A CPU's CR3 if it is not what was loaded here, nor user mode's form of that: guest code has written it. None else."""
+        cr3 = self.kernel.cpu_by_number(cpu).reg("cr3")
+        kernel_form = cr3 & ~(PTI_USER_PCID_MASK | PTI_USER_PGD) if self.pti and cr3 & PTI_USER_PGD else cr3
+        return None if kernel_form == self.cpu_tlbstate[cpu].cr3 else cr3
+
     def validate(self) -> None:
         """Each CPU's loaded context is its loaded mm's, not newer than the mm, and no two contexts are of one mm.
 
-        A CPU is in the mask of a user mm exactly while it has it loaded. Nobody is lazy with init_mm. CR3 holds what was loaded,
-        or user mode's form of it. Contexts of other than the loaded ASID exist with PCIDs only, and so do flushes owed.
+        A CPU is in the mask of a user mm exactly while it has it loaded. Nobody is lazy with init_mm. What was written to CR3 is
+        the loaded mm's, and CR3 still holds it, or user mode's form of it, unless guests may write CR3 by themselves.
+        Contexts of other than the loaded ASID exist with PCIDs only, and so do flushes owed.
         """
         for cpu in range(self.kernel.cpus.online):
             state = self.cpu_tlbstate[cpu]
@@ -274,8 +285,8 @@ class MmuContexts:
             assert self.pcid or len(ids) <= 1, f"CPU {cpu} has contexts {ids} without PCIDs"
             assert (self.pcid and self.pti) or not state.user_pcid_flush_mask, f"CPU {cpu} owes a flush to a user PCID"
             assert self.pti or not state.invalidate_other, f"CPU {cpu} would invalidate other ASIDs without isolation"
-            cr3 = self.kernel.cpu_by_number(cpu).reg("cr3")
-            kernel_form = cr3 & ~(PTI_USER_PCID_MASK | PTI_USER_PGD) if self.pti and cr3 & PTI_USER_PGD else cr3
             built = self.build_cr3(mm, state.loaded_mm_asid)
-            assert kernel_form == built, f"CPU {cpu} has CR3 {cr3:#x}; loaded was {built:#x}"
+            assert state.cr3 == built, f"CPU {cpu} was given CR3 {state.cr3:#x} for {built:#x}"
+            foreign = self.foreign_cr3(cpu)
+            assert foreign is None or self.guests_write_cr3, f"CPU {cpu} has CR3 {foreign or 0:#x}; loaded was {built:#x}"
         assert not self.init_mm.cpumask, f"init_mm has the CPUs {sorted(self.init_mm.cpumask)} in its mask"

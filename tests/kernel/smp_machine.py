@@ -92,6 +92,7 @@ class SmpMachine:
         self._preempt = [PreemptCount() for _ in self.cpu]
         self.smp = SmpCalls(self, self, self.profile.smp)
         self.contexts = MmuContexts(self, self.init_mm.pgd, self.profile.tlb, pcid=self.pcid, pti=self.pti)
+        self.contexts.guests_write_cr3 = False
         self.tlb = TlbFlushes(
             self.smp, self.contexts, self.events.append, task_size_max=self.floor.layout.task_size_max, invpcid=self.invpcid,
             invlpgb=self.invlpgb,

@@ -37,6 +37,27 @@ next:
     dec ecx
     jnz next
     ret
+load_cr3:
+    mov cr3, rdi
+    mov rax, cr3
+    ret
+switch_mm:
+    push rbx
+    call vmemu_switch_mm
+    mov rax, cr3
+    pop rbx
+    ret
+switch_and_die:
+    push rbx
+    call vmemu_switch_mm
+    mov rax, [rax]
+    pop rbx
+    ret
+destroy_mm:
+    push rbx
+    call vmemu_destroy_mm
+    pop rbx
+    ret
 vfree_read:
     push rbx
     mov rbx, rdi
@@ -124,10 +145,11 @@ class Cpus:
         self.kernel: Kernel = self.machine.kernel
         self.count = cpus
         self.fault: Fault | None = None
+        self.rsp = 0
         self.thread: KernelThread | None = None
 
     def do(self, cpu: int, what: str, la: int = 0) -> int | None:
-        """RAX of one of PROBES on a CPU, None when it raised an exception: then `fault` is the first."""
+        """RAX of one of PROBES on a CPU, None when it raised an exception: then `fault` is the first, and RSP was `rsp`."""
         self.machine.forget_faults()
         self.kernel.cpus.current = 0
         got: list[int] = []
@@ -139,6 +161,7 @@ class Cpus:
         self.machine.hub.run(lambda: bool(got) or thread.state.name == "DEAD")
         self.fault = next(iter(self.machine.faults), None)
         if not got:
+            self.rsp = self.machine.cpus[cpu].reg("rsp")
             self.kernel.abandon(thread)
         self.settle()
         return got[0] if got else None
