@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import capstone
@@ -23,10 +24,11 @@ from emu.engine import StopReason
 from emu.engine_context import EngineError
 from emu.kernel.walk_report import entry_bits
 from emu.memory import BusError
-from emu.mmu.entry import PAGE_MASK, PHYSICAL_MASK, Level, P, index, is_canonical, is_leaf
+from emu.mmu.entry import ENTRY_BITS, PAGE_MASK, PHYSICAL_MASK, D, Level, P, index, is_canonical, is_leaf
+from emu.mmu.entry import Entry as Bit
 from emu.mmu.fault import Access, NonCanonical, PageFault
 from emu.mmu.mmu import Mmu
-from emu.mmu.staleness import effective
+from emu.mmu.staleness import compare_page, effective
 from emu.mmu.tlb import TlbMode
 from emu.mmu.walk import inspect
 from emu.native_log import ACCESS_WORDS, BLOCK_WORDS, KIND_SHIFT, LOGGED, REGISTER_AT, WRITE_KIND, NativeLog
@@ -38,8 +40,11 @@ if TYPE_CHECKING:
 
 _POSITION = {name: REGISTER_AT + n for n, name in enumerate(LOGGED)}
 _BLOCK = 1 << KIND_SHIFT
-_FETCH = int(Access.FETCH)
+_FETCH, _STORE = int(Access.FETCH), int(Access.WRITE)
 _PAGE = PAGE_MASK + 1
+_FLAGS = ENTRY_BITS & ~PHYSICAL_MASK
+_LARGE_FLAGS = _FLAGS | int(Bit.PAT_LARGE)
+_LEVEL_NAMES = {int(level): level.name for level in Level}
 _NO_WALK: tuple[Entry, ...] = ()
 
 
@@ -307,10 +312,8 @@ class CpuTracer:
                     if first < last:
                         value = value >> 8 * (first - la) & (1 << 8 * (last - first)) - 1
                         return self._noted(first, last - first, write, value, pa + first - la)
-        page = next((page for page, note in self._notes.items() if note.frame == pa >> 12), None)
-        if page is None:
-            return None
-        return self._noted(page << 12 | pa & PAGE_MASK, size, write, value, pa)
+        known = next((page for page, note in self._notes.items() if note.frame == pa >> 12), None)
+        return None if known is None else self._noted(known << 12 | pa & PAGE_MASK, size, write, value, pa)
 
     def _noted(self, la: int, size: int, write: bool, value: int, pa: int) -> Accessed:
         page = la >> 12
@@ -334,9 +337,9 @@ class CpuTracer:
         if cached is None:
             level, entry, _ = effective(mmu.memory, mmu.regs, la)
             size = 1 << 9 * level + 3
-            return _Note(frame, owner, "none", entry, size, entry_bits(Level(level or 1), entry, True), _NO_WALK)
-        bits = entry_bits(cached.level, cached.entry, True)
-        if mmu.stale(la):
+            return _Note(frame, owner, "none", entry, size, _bits(Level(level or 1), entry, True), _NO_WALK)
+        bits = _bits(cached.level, cached.entry, True)
+        if compare_page(mmu.memory, mmu.regs, cached) is not None:
             now = tuple(_entry(*step) for step in inspect(mmu.memory, mmu.regs, la))
             return _Note(frame, owner, "stale", cached.entry, cached.size, bits, now)
         return _Note(frame, owner, "hit", cached.entry, cached.size, bits, _NO_WALK)
@@ -358,7 +361,7 @@ class CpuTracer:
         """What the MMU will do for an access that the engine's cache does not serve: use its entry, or read these."""
         mmu = self.mmu
         cached = mmu.query(la) if self.has_tlb else None
-        if cached is not None and (access != Access.WRITE or "D" in entry_bits(cached.level, cached.entry, True)):
+        if cached is not None and (access != _STORE or cached.entry & D):
             return "hit", _NO_WALK
         if not is_canonical(la, mmu.regs.levels):
             return "miss", _NO_WALK
@@ -409,8 +412,7 @@ class CpuTracer:
             return self._translate(la, access, user=user, ac=ac, implicit=implicit)
         tlb, walk = self._walk_to_come(la, access)
         misses = self.mmu.misses
-        self._notes.pop(la >> 12, None)
-        write = access == Access.WRITE
+        write = access == _STORE
         try:
             pa = self._translate(la, access, user=user, ac=ac, implicit=implicit)
         except (PageFault, NonCanonical, BusError):
@@ -420,6 +422,7 @@ class CpuTracer:
             raise
         if self.mmu.misses != misses:
             self._missed[la >> 12] = walk
+            self._notes.pop(la >> 12, None)
         self.own.append(self._noted(la, 0, write, 0, pa))
         return pa
 
@@ -432,22 +435,32 @@ class CpuTracer:
 def next_walk(mmu: Mmu, la: int) -> list[Entry]:
     """The entries that the MMU would read for an address that its TLB does not hold, from below what its other caches hold."""
     level, table, _ = mmu.walk_start(la)
-    entries = []
+    entries: list[Entry] = []
     while True:
         pa = table + 8 * index(la, level)
         try:
             value = mmu.memory.read_u64(pa)
         except BusError:
             return entries
-        entries.append(_entry(Level(level), pa, value))
+        entries.append(_entry(level, pa, value))
         if not value & P or is_leaf(level, value) or level == 1:
             return entries
         table = value & PHYSICAL_MASK
         level -= 1
 
 
-def _entry(level: Level, pa: int, value: int) -> Entry:
-    return Entry(level.name, pa >> 3 & 511, pa, value, entry_bits(level, value, is_leaf(level, value)))
+def _entry(level: int, pa: int, value: int) -> Entry:
+    return Entry(_LEVEL_NAMES[level], pa >> 3 & 511, pa, value, _bits(level, value, is_leaf(level, value)))
+
+
+def _bits(level: int, entry: int, is_leaf: bool) -> tuple[str, ...]:
+    """Names of an entry's bits, whatever frame it names."""
+    return _bit_names(level, entry & (_LARGE_FLAGS if is_leaf and level > 1 else _FLAGS), is_leaf)
+
+
+@lru_cache(4096)
+def _bit_names(level: int, flags: int, is_leaf: bool) -> tuple[str, ...]:
+    return entry_bits(Level(level), flags, is_leaf)
 
 
 def _simple(instruction: Instruction | None) -> tuple[int, int, int, int, int, int, int] | None:

@@ -7,16 +7,21 @@ from typing import NamedTuple
 from emu.kernel.kernel import Kernel
 from emu.kernel.layout import PAGE_SHIFT, PAGE_SIZE
 from emu.kernel.places import place_of
-from emu.kernel.task import THREAD_SIZE, ThreadState
+from emu.kernel.task import ThreadState
+from emu.kernel.thread_stack import THREAD_SIZE
 from emu.kernel.vm_struct import VmStruct
 from emu.mmu.table_frames import TableFrames
 from emu.tlbsan.owners import frame_owner, page_in
 
+_INTO = " bytes into "
+_DIRECT = "direct map of physical "
+
 
 class _Thing(NamedTuple):
-    """What a page lies in: where it begins, and its name."""
+    """What a page lies in: where that begins, and what stands before and behind the offset when an address in it is named."""
 
     base: int
+    before: str
     name: str
 
 
@@ -29,7 +34,7 @@ class Surroundings:
     def __init__(self, kernel: Kernel, tables: TableFrames | None) -> None:
         self.kernel = kernel
         self.tables = tables
-        self._things: dict[int, _Thing | None] = {}
+        self._things: dict[int, _Thing | str | None] = {}
         self._owners: dict[int, str] = {}
 
     def forget(self) -> None:
@@ -44,7 +49,9 @@ class Surroundings:
             thing = self._things[page]
         except KeyError:
             thing = self._things[page] = self._thing(la)
-        return place_of(self.kernel, la) if thing is None else f"{la - thing.base:#x} bytes into {thing.name}"
+        if isinstance(thing, _Thing):
+            return f"{thing.before}{la - thing.base:#x}{thing.name}"
+        return place_of(self.kernel, la) if thing is None else thing
 
     def owner(self, pfn: int, la: int) -> str:
         """Who owns a frame that was reached at `la`."""
@@ -54,25 +61,32 @@ class Surroundings:
             owner = self._owners[pfn] = self._owner(pfn, la)
             return owner
 
-    def _thing(self, la: int) -> _Thing | None:
+    def _thing(self, la: int) -> _Thing | str | None:
+        """What the page at an address lies in: a thing, a text that holds for the whole page, or None if neither will do."""
         kernel = self.kernel
         for thread in kernel.threads:
             if thread.stack <= la < thread.stack + THREAD_SIZE and thread.state is not ThreadState.DEAD:
-                return _Thing(thread.stack, f"the stack of {thread.comm}/{thread.pid}")
+                return _into(thread.stack, f"the stack of {thread.comm}/{thread.pid}")
         for module in kernel.modules:
             for part in module.parts:
                 if part.la <= la < part.la + part.size:
-                    return _Thing(part.la, f"{part.kind} of module {module.name}")
+                    return _into(part.la, f"{part.kind} of module {module.name}")
         for chunk in kernel.percpu.chunks():
             for cpu in range(kernel.cpus.possible):
                 base = chunk.base_addr + kernel.percpu.unit_offsets[cpu]
                 if base <= la < base + chunk.nr_pages * PAGE_SIZE:
-                    return _Thing(base, f"per-CPU memory of CPU {cpu}")
+                    return _into(base, f"per-CPU memory of CPU {cpu}")
         for node in kernel.vmalloc.nodes.nodes:
             lazy = node.lazy.find(la)
             if lazy is not None:
-                return _Thing(lazy.va_start, f"the freed area {lazy.va_start:#x}-{lazy.va_end:#x}, not purged yet")
-        return None
+                return _into(lazy.va_start, f"the freed area {lazy.va_start:#x}-{lazy.va_end:#x}, not purged yet")
+        text = place_of(kernel, la)
+        offset, into, name = text.partition(_INTO)
+        if into:
+            return _into(la - int(offset, 16), name)
+        if text.startswith(_DIRECT):
+            return _Thing(kernel.layout.page_offset, _DIRECT, "")
+        return None if "+" in text else text
 
     def _owner(self, pfn: int, la: int) -> str:
         kernel = self.kernel
@@ -91,11 +105,8 @@ class Surroundings:
         if mapped is None:
             return "kernel" if pages.page_count(pfn) == 0 else f"allocated, references {pages.page_count(pfn)}"
         thing = self._thing(mapped)
-        if thing is not None:
-            return f"page {mapped - thing.base >> PAGE_SHIFT} of {thing.name}"
-        va = kernel.vmalloc.nodes.find(mapped)
-        assert va is not None, "an area maps the frame"
-        return f"page {mapped - va.va_start >> PAGE_SHIFT} of area {va.va_start:#x}-{va.va_end:#x}"
+        assert isinstance(thing, _Thing), f"{mapped:#x} lies in an area"
+        return f"page {mapped - thing.base >> PAGE_SHIFT} of {thing.name.removeprefix(_INTO)}"
 
     def _mapping(self, pfn: int, la: int) -> int | None:
         """The address of a busy area at which a frame is mapped: that of the access first, then any."""
@@ -114,3 +125,7 @@ class Surroundings:
 
     def _page(self, vm: object | None, pfn: int) -> int | None:
         return page_in(self.kernel, vm, pfn) if isinstance(vm, VmStruct) else None
+
+
+def _into(base: int, name: str) -> _Thing:
+    return _Thing(base, "", _INTO + name)

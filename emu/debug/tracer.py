@@ -7,7 +7,6 @@ emu/debug/cpu_tracer.py, what the kernel model does from emu/debug/model_tracer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from emu.config import MachineConfig
 from emu.cpu import Cpu
