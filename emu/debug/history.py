@@ -1,8 +1,10 @@
 """Recording what happens to translations: each store to a page table, each entry that a TLB takes in or gives up, each flush.
 
 A machine that nobody records pays nothing: the dicts in which the MMU keeps its entries are replaced by ones that tell
-(Mmu.keep_translations_in), and methods by ones that tell first. A record is a tuple until somebody asks: what costs time to find
+(Mmu.keep_translations_in), and methods by ones that tell first. A record is raw until somebody asks: what costs time to find
 out (the instruction inside a block, names) is found out then. emu/debug/history_records.py says what a record means.
+
+All records stand in one list, WIDTH values each: a tuple each would make the garbage collector's work a tenth of a run's.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from emu.engine_registers import REGISTERS
 from emu.kernel.init_64 import PTI_USER_PGD
 from emu.kernel.task import KernelThread
 from emu.machine import Machine
-from emu.mmu.entry import PHYSICAL_MASK
+from emu.mmu.entry import PHYSICAL_MASK, P
 from emu.mmu.mmu import Mmu
 from emu.mmu.table_frames import TableFrames
 from emu.mmu.watch import Watch
@@ -26,11 +28,14 @@ from emu.native import NativeEngine
 from emu.stop_reason import StopReason
 from emu.trace import Event, FlushIssued, TlbFlushed
 
-# A record takes 150 to 300 bytes of the host's memory, and the words that were stored.
+# A record takes about 200 bytes of the host's memory, and what was stored to tables.
 RING = 1 << 19
-# What a raw record begins with.
-FILL, SET, DROP, STORE, GUEST_STORE, BEGIN, STOP, ROOT, INVALIDATE, FLUSH, FLUSHED, START = range(12)
-Raw = tuple[Any, ...]
+# What a raw record begins with, and how many values it has. The last is a Turn.
+FILL, SET, DROP, STORE, GUEST_STORE, ROOT, INVALIDATE, FLUSH, FLUSHED = range(9)
+WIDTH = 9
+# Of the CPU in charge: its thread, instructions of the other CPUs, and of all when a limit could last have stopped the machine
+# since the guest's call (-1: not yet).
+Turn = tuple[KernelThread | None, int, int]
 # PCID (-1: global), level, whether of the paging-structure caches, linear address above the bits that the level spans.
 Key = tuple[int, int, bool, int]
 Value = int | tuple[int, int]
@@ -70,7 +75,9 @@ class History:
         self.machine = machine
         self.kernel = machine.kernel
         self.ring = ring
-        self.raw: list[Raw] = []
+        self._full = ring * WIDTH
+        self.raw: list[Any] = []
+        self.turn: Turn = None, 0, -1
         self.spill: Callable[[], None] | None = None
         visited = machine.tlbsan.tables if machine.tlbsan is not None else TableFrames()
         self.tables = KnownTables(visited)
@@ -121,17 +128,20 @@ class History:
         assert counter is not None
         return self._others + counter.executed
 
-    def _scene(self) -> tuple[int, int, int, KernelThread | None]:
-        """Instructions so far, the stub or the instruction, the return address of an exported call, the thread."""
+    def _add(self, kind: int, first: Any, second: Any = None, third: Any = None) -> None:
+        """A record of the model: instructions so far, the stub or the instruction, the call's return address, the thread."""
         activation = self._sched.activation
+        counter: Any = self._counter
+        total = self._others + counter.limit - counter._reserve - counter._left.value
         if activation is not None:
-            return self._total(), activation.la, activation.caller, activation.thread
-        number = self._cpus.current
-        return self._total(), self.machine.cpus[number].rip, 0, self._sched.running[number]
-
-    def _add(self, record: Raw) -> None:
-        self.raw.append(record)
-        if len(self.raw) > self.ring:
+            self.raw.extend((
+                kind, first, second, third, total, activation.la, activation.caller, activation.thread, self.turn,
+            ))
+        else:
+            number = self._cpus.current
+            rip = self.machine.cpus[number].rip
+            self.raw.extend((kind, first, second, third, total, rip, 0, self._sched.running[number], self.turn))
+        if len(self.raw) > self._full:
             self._overflow()
 
     def _overflow(self) -> None:
@@ -143,7 +153,7 @@ class History:
         hub = self.machine.hub
         execute = hub._execute
         begin = hub.start
-        add, seen, cpus = self._add, self._seen, self.machine.cpus
+        seen, cpus = self._seen, self.machine.cpus
         running = self._sched.running
         before = 0
 
@@ -154,22 +164,22 @@ class History:
                 counter = cpu.engine.counter
                 seen[cpu.id] = 0 if counter is None else counter.executed
             before = sum(seen)
-            add((START,))
+            self.turn = None, 0, before
 
         def execute_and_tell(number: int, budget: int | None) -> Any:
             nonlocal before
-            counter = self._counter = cpus[number].engine.counter
-            self._others = before - seen[number]
-            self._first = True
-            add((BEGIN, number, running[number], before, self._others))
+            counter: Any = cpus[number].engine.counter
+            others = before - seen[number]
+            # Before the guest's call no limit stops anything.
+            started = self.turn[2] >= 0
+            self._counter, self._others, self._first = counter, others, True
+            self.turn = running[number], others, before if started else -1
             result = execute(number, budget)
-            assert counter is not None
-            executed = counter.executed
-            before = self._others + executed
-            seen[number] = executed
+            seen[number] = executed = counter.limit - counter._reserve - counter._left.value
+            before = others + executed
             # Nested runs may have put another CPU in charge.
-            self._counter, self._others = counter, before - executed
-            add((STOP, before))
+            self._counter, self._others = counter, others
+            self.turn = running[number], others, before if started else -1
             return result
 
         hub.start = start  # type: ignore[method-assign]
@@ -180,9 +190,9 @@ class History:
 
         def flush(event: Event) -> None:
             if isinstance(event, FlushIssued):
-                add((FLUSH, event, *self._scene()))
+                self._add(FLUSH, event)
             elif isinstance(event, TlbFlushed):
-                add((FLUSHED, event, *self._scene()))
+                self._add(FLUSHED, event)
             sink(event)
 
         self.machine.flushes.sink = flush
@@ -191,20 +201,25 @@ class History:
         """A limit stops a CPU also between two runs of its engine, and before it takes an interrupt."""
         take, run, step = cpu._take_pending, cpu.engine.run, cpu.engine.step
 
+        def stop() -> None:
+            thread, others, last = self.turn
+            if last >= 0:
+                self.turn = thread, others, self._total()
+
         def take_pending() -> bool:
-            self._add((STOP, self._total()))
+            stop()
             return take()
 
         def run_and_tell(rip: int, budget: int | None = None, *, exact: bool = True) -> StopReason:
             if self._first:
                 self._first = False
             else:
-                self._add((STOP, self._total()))
+                stop()
             return run(rip, budget, exact=exact)
 
         def step_and_tell(rip: int) -> StopReason:
             self._first = False
-            self._add((STOP, self._total()))
+            stop()
             return step(rip)
 
         cpu._take_pending = take_pending  # type: ignore[method-assign]
@@ -234,7 +249,7 @@ class History:
                     # The instruction was a block of its own, and was counted before it ran.
                     rip = block.start
                     total -= block.count
-                self._add((GUEST_STORE, number, chunks, total, rip, self._sched.running[number]))
+                self.raw.extend((GUEST_STORE, number, chunks, None, total, rip, 0, self._sched.running[number], self.turn))
             told(frame, before, after)
 
         def model_store(frame: int, before: bytes, after: bytes) -> None:
@@ -249,13 +264,15 @@ class History:
         changes.stored_entry = lambda entry_pa, function: self._stored(self.stores.stored_entry(entry_pa), function)
 
     def _range_stored(self, pgd: int, start: int, end: int, function: str, tables: bool) -> None:
-        self._stored(self.stores.stored(pgd, start, end, tables), function)
+        chunks = self.stores.stored(pgd, start, end, tables)
+        if chunks:
+            self._add(STORE, self._cpus.current, chunks, function)
         if function == "free_pgtables" and all(cpu.mmu.cr3 & PHYSICAL_MASK != pgd for cpu in self.machine.cpus):
             self.stores.drop_root(pgd)
 
     def _stored(self, chunks: list[Chunk], function: str) -> None:
         if chunks:
-            self._add((STORE, self._cpus.current, chunks, function, *self._scene()))
+            self._add(STORE, self._cpus.current, chunks, function)
 
     # ---------------------------------------------------------------- TLBs
 
@@ -275,7 +292,7 @@ class History:
         told = watch.on_invalidate
 
         def invalidated(pcid: int | None, la: int | None, shared: bool) -> None:
-            self._add((INVALIDATE, number, _tag(pcid), -1 if la is None else la, shared, *self._scene()))
+            self._add(INVALIDATE, number, _tag(pcid), (-1 if la is None else la, shared))
             told(pcid, la, shared)
 
         watch.on_invalidate = invalidated
@@ -287,39 +304,41 @@ class History:
             return
         self._roots[number] = root
         self._stored(self.stores.add_root(mmu.cr3 & PHYSICAL_MASK), "")
-        self._add((ROOT, number, *root, *self._scene()))
+        self._add(ROOT, number, *root)
 
     def _make_recorded(self, cpu: Cpu) -> Callable[[int, int | None, int, bool], Recorded]:
         """The kind of dict for a CPU: closures, as an attribute's look-up would be a tenth of a record's time (0.9 us)."""
-        engine, raw, ring = cpu.engine, self.raw, self.ring
+        engine, raw, full, history = cpu.engine, self.raw, self._full, self
         counter: Any = engine.counter
         blocks = engine.block_counter
-        words: Any = blocks.words if blocks is not None else (0, 0)
+        words: Any = blocks.words if blocks is not None else _OneWord(counter)
         known: dict[int, Block] = {}
         word = ctypes.c_uint64()
-        read, handle, reference, rip = engine._reg_read, engine._handle, ctypes.byref(word), REGISTERS["rip"]
-        append, add, scene, overflow = raw.append, self._add, self._scene, self._overflow
-        find = _finder(blocks, known)
-
-        def here() -> tuple[int, int, Block | None]:
-            read(handle, rip, reference)
-            return word.value, counter.left, known.get(words[LAST]) or find(words[LAST])
+        # 0.2 us less than the engine's own: the lock of the interpreter is not given away, nothing is converted.
+        address = ctypes.cast(engine._reg_read, ctypes.c_void_p).value or 0
+        read = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(address)
+        handle, rip = ctypes.c_void_p(engine._handle.value), ctypes.c_int(REGISTERS["rip"])
+        there = ctypes.c_void_p(ctypes.addressof(word))
+        extend, add, overflow = raw.extend, self._add, self._overflow
+        find, find_known, left, last = _finder(blocks, known), known.get, LEFT, LAST
 
         class Of(Recorded):
             __slots__ = ()
 
             def __setitem__(self, key: int, value: Any) -> None:
+                if key in self and _same(self[key], value, self.table):
+                    _put(self, key, value)
+                    return
                 _put(self, key, value)
                 if engine._running:
-                    read(handle, rip, reference)
-                    append((
-                        FILL, self, key, value, word.value, counter._reserve + words[LEFT] if blocks is not None else counter.left,
-                        known.get(words[LAST]) or find(words[LAST]),
-                    ))
-                    if len(raw) > ring:
+                    read(handle, rip, there)
+                    at = words[last]
+                    block = find_known(at) or find(at)
+                    extend((0, self, key, value, word.value, counter._reserve + words[left], block, None, history.turn))
+                    if len(raw) > full:
                         overflow()
                 else:
-                    add((SET, self, key, value, *scene()))
+                    add(SET, self, key, value)
 
             def pop(self, key: int, *default: Any) -> Any:
                 if key in self:
@@ -336,10 +355,12 @@ class History:
                     _clear(self)
 
             def _gone(self, key: int) -> None:
-                if engine._running:
-                    add((DROP, self, key, True, *here()))
-                else:
-                    add((DROP, self, key, False, *scene()))
+                if not engine._running:
+                    add(DROP, self, key, False)
+                    return
+                read(handle, rip, there)
+                block = find_known(words[last]) or find(words[last])
+                extend((DROP, self, key, True, word.value, counter.left, block, None, history.turn))
 
         return Of
 
@@ -352,6 +373,23 @@ def cached_by(mmu: Mmu) -> dict[Key, Value]:
     for context, level, la, table, rights in mmu.tlb.tables():
         found[_tag(context.pcid), level, True, la >> 9 * level + 3] = table >> 3, rights
     return found
+
+
+class _OneWord:
+    """What BlockCounter.words has, for a counter of single instructions."""
+
+    def __init__(self, counter: Any) -> None:
+        self._counter = counter
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._counter._left.value) if index == LEFT else 0
+
+
+def _same(old: Any, new: Any, table: bool) -> bool:
+    """Whether an entry is put back as it was, but for the mark of what is stale (P)."""
+    if table:
+        return bool(old[0] == new[0] and (old[1] ^ new[1]) & ~P == 0)
+    return bool((old ^ new) & ~P == 0)
 
 
 def _tag(pcid: int | None) -> int:

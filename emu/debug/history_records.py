@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import msgspec
 
 from emu.debug.history import (
-    BEGIN,
     DROP,
     FILL,
     FLUSH,
@@ -22,11 +21,9 @@ from emu.debug.history import (
     INVALIDATE,
     ROOT,
     SET,
-    START,
-    STOP,
     STORE,
+    WIDTH,
     History,
-    Raw,
     Recorded,
 )
 
@@ -113,84 +110,52 @@ class Reader:
     def __init__(self, history: History) -> None:
         self.history = history
         self._since = 0
-        self._started = False
-        self._threads: dict[int, Any] = {}
-        self._others: dict[int, int] = {}
         self._limits = {cpu.id: _limit(cpu) for cpu in history.machine.cpus}
         self._names: dict[int, str] = {}
 
-    def read(self, raw: list[Raw]) -> list[AnyChange]:
+    def read(self, raw: list[Any]) -> list[AnyChange]:
         """The changes that raw records stand for."""
-        start = self.history.start
-        changes: list[AnyChange] = []
-        for at, record in enumerate(raw):
-            kind = record[0]
-            if kind == BEGIN:
-                _, cpu, thread, total, self._others[cpu] = record
-                self._threads[cpu] = thread
-                self._stop(total - start)
-            elif kind == STOP:
-                self._stop(record[1] - start)
-            elif kind == START:
-                self._started = True
-                self._stop(0)
-            elif kind == FILL:
-                _, kept, number, value, rip, left, block = record
-                page = record if not kept.table else _page_of(raw, at)
-                scene = self._inside(kept.cpu, rip, left, block, start, rip >> 9 * page[1].level + 3 == page[2])
-                changes.append(_filled(scene, kept, number, value))
-            else:
-                changes.append(self._change(record, start))
-        return changes
+        return [self._change(raw, at) for at in range(0, len(raw), WIDTH)]
 
-    def _stop(self, step: int) -> None:
-        """Here a limit of `step` would have stopped the machine."""
-        if self._started:
-            self._since = max(self._since, step + 1)
-
-    def _change(self, record: Raw, start: int) -> AnyChange:
-        match record[0]:
+    def _change(self, raw: list[Any], at: int) -> AnyChange:
+        kind, first, second, third, *scene = raw[at : at + WIDTH]
+        last_stop = scene[-1][2]
+        if last_stop >= 0:
+            # There a limit would have stopped the machine.
+            self._since = max(self._since, last_stop - self.history.start + 1)
+        match kind:
+            case 0:  # FILL
+                page, number = (first, second) if not first.table else _page_of(raw, at)
+                return _filled(self._inside(first.cpu, scene, scene[0] >> 9 * page.level + 3 == number), first, second, third)
             case 1:  # SET
-                _, kept, number, value, *scene = record
-                return _filled(self._model(kept.cpu, scene, start), kept, number, value)
+                return _filled(self._model(first.cpu, scene), first, second, third)
             case 2:  # DROP
-                return self._dropped(record, start)
+                where = self._inside(first.cpu, scene, False) if third else self._model(first.cpu, scene)
+                return _made(TlbDropped, where, first.pcid, first.level, first.table, second, third)
             case 3:  # STORE
-                _, cpu, chunks, function, *scene = record
-                return _made(TableStored, self._model(cpu, scene, start), function, tuple(chunks))
+                return _made(TableStored, self._model(first, scene), third, tuple(second))
             case 4:  # GUEST_STORE
-                _, cpu, chunks, total, rip, thread = record
-                return _made(TableStored, self._instruction(cpu, total - start, rip, thread), "", tuple(chunks))
-            case 7:  # ROOT
-                _, cpu, pcid, cr3, *scene = record
-                return _made(RootLoaded, self._model(cpu, scene, start), pcid, cr3)
-            case 8:  # INVALIDATE
-                _, cpu, pcid, la, shared, *scene = record
-                return _made(Invalidated, self._model(cpu, scene, start), pcid, la, shared)
-            case 9:  # FLUSH
-                _, event, *scene = record
-                what = event.flush, event.start, event.end - 1, event.cause, event.cpus
-                return _made(FlushAsked, self._model(event.cpu, scene, start), *what)
+                total, rip, _, thread, _ = scene
+                return _made(TableStored, self._instruction(first, total - self.history.start, rip, thread), "", tuple(second))
+            case 5:  # ROOT
+                return _made(RootLoaded, self._model(first, scene), second, third)
+            case 6:  # INVALIDATE
+                return _made(Invalidated, self._model(first, scene), second, *third)
+            case 7:  # FLUSH
+                what = first.flush, first.start, first.end - 1, first.cause, first.cpus
+                return _made(FlushAsked, self._model(first.cpu, scene), *what)
             case _:
-                _, event, *scene = record
-                return _made(Flushed, self._model(event.cpu, scene, start), event.flush)
+                return _made(Flushed, self._model(first.cpu, scene), first.flush)
 
-    def _dropped(self, record: Raw, start: int) -> AnyChange:
-        _, kept, number, access, *rest = record
-        if access:
-            rip, left, block = rest
-            scene = self._inside(kept.cpu, rip, left, block, start, False)
-        else:
-            scene = self._model(kept.cpu, rest, start)
-        return _made(TlbDropped, scene, kept.pcid, kept.level, kept.table, number, access)
-
-    def _inside(self, cpu: int, rip: int, left: int, block: Any, start: int, own_page: bool) -> tuple[Any, ...]:
+    def _inside(self, cpu: int, scene: list[Any], own_page: bool) -> tuple[Any, ...]:
         """The scene of an access that the engine makes; `own_page`: to the page that RIP is in.
 
         The count has the whole block that runs, of which part is yet to come, but not the one that is about to be fetched: that is
         fetched even where a limit stops the engine before it.
         """
-        step = self._others.get(cpu, 0) + self._limits[cpu] - left - start
+        rip, left, block, _, turn = scene
+        thread, others, _ = turn
+        step = others + self._limits[cpu] - left - self.history.start
         counter = self.history.machine.cpus[cpu].engine.block_counter
         if counter is None:
             fetch = own_page
@@ -200,22 +165,23 @@ class Reader:
             fetch = not inside or (own_page and rip == block.start)
             if not fetch:
                 step -= block.count - counter.index(block, rip)
-        return self._instruction(cpu, step, rip, self._threads.get(cpu), fetch)
+        return self._instruction(cpu, step, rip, thread, fetch)
 
     def _instruction(self, cpu: int, step: int, rip: int, thread: Any, fetch: bool = False) -> tuple[Any, ...]:
         self._since = max(self._since, step + (not fetch))
         return (step, self._since, cpu, *_thread(thread), "", self._name(rip))
 
-    def _model(self, cpu: int, scene: list[Any], start: int) -> tuple[Any, ...]:
-        total, la, caller, thread = scene
-        self._since = max(self._since, total - start)
+    def _model(self, cpu: int, scene: list[Any]) -> tuple[Any, ...]:
+        total, la, caller, thread, _ = scene
+        step = total - self.history.start
+        self._since = max(self._since, step)
         exports = self.history.kernel.symbols.exports
         call = ""
         if la in exports:
             call, la = exports[la].name, caller
         elif self.history.kernel.layout.is_kernel_text(la):
             call, la = self._name(la).partition("+")[0], caller
-        return (max(0, total - start), self._since, cpu, *_thread(thread), call, self._name(la) if la else "")
+        return (max(0, step), self._since, cpu, *_thread(thread), call, self._name(la) if la else "")
 
     def _name(self, la: int) -> str:
         name = self._names.get(la)
@@ -224,9 +190,12 @@ class Reader:
         return name
 
 
-def _page_of(raw: list[Raw], at: int) -> Raw:
+def _page_of(raw: list[Any], at: int) -> tuple[Recorded, int]:
     """The page that the walk was for whose tables are cached from record `at` on: it is cached right behind them."""
-    return next((record for record in raw[at + 1 : at + 12] if record[0] == FILL and not record[1].table), raw[at])
+    for behind in range(at, min(len(raw), at + 12 * WIDTH), WIDTH):
+        if raw[behind] == FILL and not raw[behind + 1].table:
+            return raw[behind + 1], raw[behind + 2]
+    return raw[at + 1], raw[at + 2]
 
 
 def _made(kind: Callable[..., AnyChange], scene: tuple[Any, ...], *fields: Any) -> AnyChange:
@@ -247,4 +216,4 @@ def _limit(cpu: Any) -> int:
     return limit
 
 
-assert (FILL, SET, DROP, STORE, GUEST_STORE, ROOT, INVALIDATE, FLUSH, FLUSHED) == (0, 1, 2, 3, 4, 7, 8, 9, 10)
+assert tuple(range(9)) == (FILL, SET, DROP, STORE, GUEST_STORE, ROOT, INVALIDATE, FLUSH, FLUSHED)

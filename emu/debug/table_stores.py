@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 
 from emu.memory import PAGE_SIZE, BusError, Memory
-from emu.mmu.entry import PHYSICAL_MASK, PS, Level, P, is_leaf, page_size
+from emu.mmu.entry import PHYSICAL_MASK, PS, P, is_leaf, page_size
 from emu.mmu.table_frames import TableFrames
 
 # Physical address and the bytes that stand there now.
 Chunk = tuple[int, bytes]
 _WORD = 8
+_PDE_SPAN = 1 << 21
 _LINEAR = {levels: (1 << 9 * levels + 12) - 1 for levels in (4, 5)}
 
 
@@ -37,6 +38,7 @@ class TableStores:
 
     def __init__(self, memory: Memory, levels: int, tables: KnownTables) -> None:
         self.memory = memory
+        self._read = memory.read
         self.levels = levels
         self.tables = tables
         # By frame, the levels at which it is a table: itself in a recursive mapping at several.
@@ -111,6 +113,12 @@ class TableStores:
 
     def stored(self, pgd: int, start: int, end: int, tables: bool) -> list[Chunk]:
         """Entries under `pgd` for [start, end) were stored; `tables`: others than PTEs too."""
+        if not tables and start >> 21 == end - 1 >> 21:
+            # Most stores by far: 1 us.
+            table = self._pte_tables.get((pgd, start >> 21))
+            if table:
+                pa = table + (start >> 9 & 0xFF8)
+                return [(pa, self._read(pa, (end - 1 >> 9 & 0xFF8) - (start >> 9 & 0xFF8) + _WORD))]
         chunks: list[Chunk] = []
         if pgd not in self.roots:
             return self.add_root(pgd)
@@ -118,7 +126,7 @@ class TableStores:
             self._descend(pgd, self.levels, 0, start & _LINEAR[self.levels], (end - 1 & _LINEAR[self.levels]) + 1, chunks)
             return chunks
         while start < end:
-            stop = min(end, (start & -page_size(Level.PDE)) + page_size(Level.PDE))
+            stop = min(end, (start & -_PDE_SPAN) + _PDE_SPAN)
             table = self._pte_tables.get((pgd, start >> 21)) or self._find_pte_table(pgd, start)
             if table:
                 first = start >> 12 & 511
