@@ -442,8 +442,10 @@ class Kernel(KernelThreads):
         raise TaskEnded(Ending(End.PANIC, message))
 
     def cond_resched(self) -> None:
-        """Let the waiting work run."""
+        """Let the waiting work run, and another thread of this CPU if the scheduler wants one to."""
         self._run_work()
+        if self.sched.in_thread and self.sched.need_resched[self.cpus.current] and self._preemptible:
+            self.sched.yield_cpu()
 
     def warn(self, function: str, text: str = "") -> None:
         """WARN in C function `function`."""

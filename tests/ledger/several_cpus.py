@@ -58,6 +58,41 @@ destroy_mm:
     call vmemu_destroy_mm
     pop rbx
     ret
+make:
+    push rbx
+    call vmalloc
+    pop rbx
+    ret
+free:
+    push rbx
+    call vfree
+    pop rbx
+    ret
+purge:
+    push rbx
+    call vm_unmap_aliases
+    pop rbx
+    ret
+churn:                                  ; vmalloc, write, read, vfree, vm_unmap_aliases, RDI times
+    push rbx
+    push r12
+    sub rsp, 8
+    mov rbx, rdi
+again:
+    mov edi, 4096
+    call vmalloc
+    mov r12, rax
+    mov [r12], rbx
+    mov rax, [r12]
+    mov rdi, r12
+    call vfree
+    call vm_unmap_aliases
+    dec rbx
+    jnz again
+    add rsp, 8
+    pop r12
+    pop rbx
+    ret
 vfree_read:
     push rbx
     mov rbx, rdi
@@ -151,13 +186,13 @@ class Cpus:
     def do(self, cpu: int, what: str, la: int = 0) -> int | None:
         """RAX of one of PROBES on a CPU, None when it raised an exception: then `fault` is the first, and RSP was `rsp`."""
         self.machine.forget_faults()
-        self.kernel.cpus.current = 0
         got: list[int] = []
-        thread = self.thread = self.kernel.create_thread(
+        # Made by the CPU that it dies on: then each has the stack of the one before.
+        thread = self.thread = self.on(cpu).create_thread(
             what, cpu, function=self.linked.symbols[what], argument=la, runs=False
         )
         thread.on_exit = got.append
-        self.kernel.sched.start(thread)
+        self.on(0).sched.start(thread)
         self.machine.hub.run(lambda: bool(got) or thread.state.name == "DEAD")
         self.fault = next(iter(self.machine.faults), None)
         if not got:

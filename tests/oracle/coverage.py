@@ -20,6 +20,7 @@ PTDUMP = "tests/oracle/test_recorded_leaf_runs.py::test_every_run_of_the_vmalloc
 ERRORS = "tests/oracle/test_errors.py"
 FAULTS = "tests/oracle/test_fault_facts.py::test_a_provoked_fault_has_the_recorded_error_code_and_place"
 HARMLESS = "tests/oracle/test_fault_facts.py::test_what_did_not_fault_there_does_not_fault_here"
+STALE_FACTS = "tests/oracle/test_stale_facts.py"
 STALE = "tests/oracle/test_fault_facts.py::test_a_stale_entry_is_read_through_as_recorded"
 PURGED = "tests/oracle/test_fault_facts.py::test_after_vm_unmap_aliases_the_read_faults_as_recorded"
 OOPS = "tests/kernel/test_oops.py::test_every_recorded_report_is_printed_line_for_line"
@@ -62,7 +63,16 @@ COVERED: dict[tuple[str, str, str, str], str] = {
     ("facts", "nohugevmalloc-*", "*", "*"): CALLS,
     ("facts", "nogb-*", "ioremap", "*"): IOREMAP,
     ("facts", "nohugeiomap-*", "ioremap", "*"): IOREMAP,
-    ("facts", "stale-*", "reuse", "*"): "none: the reuse command of main-* in another boot, without a dump to start from",
+    ("facts", "stale-*", "reuse", "reuse"): f"{STALE_FACTS}::test_a_freed_address_comes_back_as_recorded_after_the_purge_only",
+    ("facts", "stale-*", "reuse", "lazy3"): (
+        f"{STALE_FACTS}::test_a_free_far_above_the_threshold_is_drained_before_the_array_of_its_pages_becomes_lazy"
+    ),
+    ("facts", "stale-*", "reuse", "lazy*"): (
+        f"{STALE_FACTS}::test_the_lazy_areas_are_drained_at_the_recorded_free_above_the_threshold_by_the_worker"
+    ),
+    ("facts", "stale-*", "reuse", "nr_vmalloc_pages"): (
+        f"{STALE_FACTS}::test_nr_vmalloc_pages_counts_what_is_allocated_by_any_cpu_as_recorded"
+    ),
     ("facts", "ptdump-*", "hold", "hold"): "none: the hold command of main-* in another boot; its leaves are among the dumped runs",
     ("facts", "ptdump-*", "ptdump", "pt"): PTDUMP,
     ("facts", "ptdump-*", "ptdump", "ptdump_end"): MARKS,
