@@ -73,6 +73,19 @@ purge:
     call vm_unmap_aliases
     pop rbx
     ret
+free_and_purge:
+    push rbx
+    call vfree
+    call vm_unmap_aliases
+    pop rbx
+    ret
+closed:                                 ; RDI turns of a loop with interrupts off
+    cli
+turn:
+    dec rdi
+    jnz turn
+    sti
+    ret
 churn:                                  ; vmalloc, write, read, vfree, vm_unmap_aliases, RDI times
     push rbx
     push r12
