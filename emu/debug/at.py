@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from emu.guest.directives import MachineOptions
 from emu.guest.program import Program
 from emu.hub import Final, Finish
 from emu.machine import Machine
-from emu.run import RunResult, configure
-from emu.tlbsan import Finding
+from emu.run import RunResult, configure, judged
 
 
 class PastTheEnd(ValueError):
@@ -41,6 +42,4 @@ def machine_at(program: Program, overrides: MachineOptions, step: int) -> tuple[
     steps = (machine.hub.total() or 0) - machine.hub.started
     if steps < step:
         raise PastTheEnd(step, steps)
-    findings: tuple[Finding, ...] = () if machine.tlbsan is None else tuple(machine.tlbsan.findings)
-    places = tuple(machine.place_of(fault.address) for fault in outcome.faults if fault.address is not None)
-    return RunResult(program.path, config, step, outcome, (), machine.statistics, places, (), findings), machine
+    return replace(judged(program, config, step, machine, outcome), failures=()), machine

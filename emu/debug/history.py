@@ -60,9 +60,8 @@ class Recorded(dict[int, Any]):
 class History:
     """The recorder of one machine, from its making to the end of its guest's run.
 
-    At most `ring` records are kept; when there are more, `spill` is given the older half to do with as it likes (None: they are
-    forgotten, with what they say folded into the state that the records begin with). Raises ValueError for a machine that does not
-    count instructions, or whose TLB is not ours.
+    At most `ring` records are kept in `raw`: when there are more, `spill` is told up to which index the older half reaches, before
+    that is deleted. Raises ValueError for a machine that does not count instructions, or whose TLB is not ours.
     """
 
     def __init__(self, machine: Machine, *, ring: int = RING) -> None:
@@ -78,7 +77,7 @@ class History:
         self._full = ring * WIDTH
         self.raw: list[Any] = []
         self.turn: Turn = None, 0, -1
-        self.spill: Callable[[], None] | None = None
+        self.spill: Callable[[int], None] = lambda stop: None
         visited = machine.tlbsan.tables if machine.tlbsan is not None else TableFrames()
         self.tables = KnownTables(visited)
         self.stores = TableStores(machine.memory, machine.config.levels, self.tables)
@@ -145,8 +144,10 @@ class History:
             self._overflow()
 
     def _overflow(self) -> None:
-        if self.spill is not None:
-            self.spill()
+        """Hand over the older half."""
+        stop = len(self.raw) // WIDTH // 2 * WIDTH
+        self.spill(stop)
+        del self.raw[:stop]
 
     def _see_turns(self) -> None:
         """Tell the beginning and the end of each run of a CPU: those are the places where a limit would stop the machine."""

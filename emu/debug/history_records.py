@@ -28,6 +28,10 @@ from emu.debug.history import (
 )
 
 
+# The place of what happens while the guest is loaded.
+BEFORE = "before the guest's call"
+
+
 class Change(msgspec.Struct, frozen=True, gc=False, tag_field="type"):
     """When, on which CPU, in which thread. `call` names the exported function or entry point that the kernel model executed, and
     `place` is where that was called from; for an instruction of the guest `call` is empty and `place` is the instruction.
@@ -113,9 +117,9 @@ class Reader:
         self._limits = {cpu.id: _limit(cpu) for cpu in history.machine.cpus}
         self._names: dict[int, str] = {}
 
-    def read(self, raw: list[Any]) -> list[AnyChange]:
-        """The changes that raw records stand for."""
-        return [self._change(raw, at) for at in range(0, len(raw), WIDTH)]
+    def read(self, raw: list[Any], stop: int | None = None) -> list[AnyChange]:
+        """The changes that raw records stand for, those before index `stop`."""
+        return [self._change(raw, at) for at in range(0, len(raw) if stop is None else stop, WIDTH)]
 
     def _change(self, raw: list[Any], at: int) -> AnyChange:
         kind, first, second, third, *scene = raw[at : at + WIDTH]
@@ -172,8 +176,10 @@ class Reader:
         return (step, self._since, cpu, *_thread(thread), "", self._name(rip))
 
     def _model(self, cpu: int, scene: list[Any]) -> tuple[Any, ...]:
-        total, la, caller, thread, _ = scene
+        total, la, caller, thread, turn = scene
         step = total - self.history.start
+        if turn[2] < 0:
+            return (0, self._since, cpu, *_thread(thread), "", BEFORE)
         self._since = max(self._since, step)
         exports = self.history.kernel.symbols.exports
         call = ""
