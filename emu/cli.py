@@ -1,4 +1,5 @@
-"""The command line: `vmemu run FILE...`, and what it left behind: `vmemu vmallocinfo|ptdump FILE`, `vmemu walk FILE ADDRESS`.
+"""The command line: `vmemu run FILE...`, what it left behind: `vmemu vmallocinfo|ptdump FILE`, `vmemu walk FILE ADDRESS`, and how it
+came there: `vmemu trace FILE`.
 
 Exit status: 0 every guest ended as its header says, 1 some did not (a finding), 2 wrong use or bad input, with one line on stderr
 that names the value and the place.
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from emu import __version__
+from emu.debug.trace_command import add_trace, trace_command
 from emu.guest.directives import MachineOptions
 from emu.guest.error import GuestError
 from emu.kernel.profile import PROFILES
@@ -118,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(function=_run)
     _add_explore(commands)
     _add_state_commands(commands)
+    add_trace(commands, _add_machine_options).set_defaults(function=lambda given: trace_command(given, _overrides(given)))
     return parser
 
 

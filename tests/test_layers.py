@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["emu.cli", "emu.__main__"],
-    ["emu.report", "emu.progress"],
     ["emu.debug"],
+    ["emu.report", "emu.progress"],
     ["emu.run", "emu.explore"],
     ["emu.machine", "emu.start_cpu", "emu.load_module", "emu.watchdog"],
     ["emu.config"],
