@@ -1,5 +1,5 @@
-"""The command line: `vmemu run FILE...`, what it left behind: `vmemu vmallocinfo|ptdump FILE`, `vmemu walk FILE ADDRESS`, and how it
-came there: `vmemu trace FILE`.
+"""The command line: `vmemu run FILE...`, what it left behind: `vmemu vmallocinfo|ptdump FILE`, `vmemu walk FILE ADDRESS`, and how
+it came there: `vmemu trace FILE`.
 
 Exit status: 0 every guest ended as its header says, 1 some did not (a finding), 2 wrong use or bad input, with one line on stderr
 that names the value and the place.

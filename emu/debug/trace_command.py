@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from emu.debug.filters import ONLY, BadTrigger, Filter, Last, Selection, Trigger, Triggered
 from emu.debug.trace_output import Output, OutputError
-from emu.guest.load import GuestError, load
+from emu.guest.error import GuestError
+from emu.guest.load import load
 
 if TYPE_CHECKING:
     from emu.debug.filters import Take
