@@ -62,7 +62,7 @@ switch:
 section .data
 what: times 24 dq 0
 """
-every_number_of_cpus = pytest.mark.parametrize("cpus", [1, 2, 4])
+every_number_of_cpus = pytest.mark.parametrize("cpus", [1, 2, 4, 8])
 
 
 class Cpus:
