@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from emu import __version__
+from emu.debug.history_command import add_at, add_history, history_command
 from emu.debug.trace_command import add_trace, trace_command
 from emu.guest.directives import MachineOptions
 from emu.guest.error import GuestError
@@ -161,8 +162,11 @@ def _add_state_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         else:
             command.add_argument("address", metavar="ADDRESS", help="number, symbol or [symbol], with + and - between")
         command.add_argument("--json", action="store_true", help="print one JSON object")
+        add_at(command)
         _add_machine_options(command)
         command.set_defaults(function=_state_command, print_state=function)
+    for command in add_history(commands, _add_machine_options):
+        command.set_defaults(function=lambda arguments: history_command(arguments, _overrides(arguments)))
 
 
 def _overrides(arguments: argparse.Namespace) -> MachineOptions:
@@ -229,13 +233,17 @@ class _BadInput(Exception):
 
 
 def _state_command(arguments: argparse.Namespace) -> int:
+    from emu.debug.at import machine_at
     from emu.guest.load import load
     from emu.report import verdict
     from emu.run import run_to_end
 
     path = arguments.file
     try:
-        result, machine = run_to_end(load(path), _overrides(arguments))
+        if arguments.at is None:
+            result, machine = run_to_end(load(path), _overrides(arguments))
+        else:
+            result, machine = machine_at(load(path), _overrides(arguments), arguments.at)
         print(arguments.print_state(arguments, result, machine))
     except GuestError as error:
         print(f"vmemu: {error}", file=sys.stderr)

@@ -27,7 +27,6 @@ from emu.debug.history import (
     Recorded,
 )
 
-
 # The place of what happens while the guest is loaded.
 BEFORE = "before the guest's call"
 
