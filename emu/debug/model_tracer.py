@@ -24,7 +24,9 @@ from emu.debug.records import (
     Vmalloc,
 )
 from emu.exceptions import Vector
+from emu.kernel.preempt import PREEMPT_MASK, SOFTIRQ_MASK, SOFTIRQ_OFFSET
 from emu.kernel.printk import LogLine
+from emu.kernel.ptrace import X86_EFLAGS_IF
 from emu.kernel.task import KernelThread
 from emu.kernel.vmap_events import tracepoint_text
 from emu.machine import Machine
@@ -166,9 +168,27 @@ class ModelTracer:
             self._on_line(line)
 
     def _vmalloc(self, name: str, values: tuple[int, ...]) -> None:
-        self.tracer.observe(Vmalloc(*self._here(), name, tracepoint_text(name, values)))
+        self.tracer.observe(Vmalloc(*self._here(), name, tracepoint_text(name, values), self._flags()))
         if self._tracepoint is not None:
             self._tracepoint(name, values)
+
+    def _flags(self) -> str:
+        """What trace_print_lat_fmt prints of this CPU (v6.12 kernel/trace/trace_output.c)."""
+        kernel = self.kernel
+        number = kernel.cpus.current
+        count = kernel.preempt(number)
+        irqs_off = not kernel.cpu_by_number(number).reg("rflags") & X86_EFLAGS_IF
+        bh_off = bool(count.count & SOFTIRQ_MASK & ~SOFTIRQ_OFFSET)
+        irqs = ("D" if bh_off else "d") if irqs_off else "b" if bh_off else "."
+        resched = "N" if kernel.sched.need_resched[number] else "."
+        if count.in_nmi:
+            context = "Z" if count.in_hardirq else "z"
+        elif count.in_hardirq:
+            context = "H" if count.in_serving_softirq else "h"
+        else:
+            context = "s" if count.in_serving_softirq else "."
+        depth = count.count & PREEMPT_MASK & 0xF
+        return f"{irqs}{resched}{context}{f'{depth:x}' if depth else '.'}."
 
     def _changed(self, start: int, end: int, function: str, gone: bool) -> None:
         self.tracer.observe(Stored(*self._here(), start, end, function))

@@ -171,10 +171,14 @@ class Logged(Record, frozen=True, gc=False, tag="printk"):
 
 
 class Vmalloc(Record, frozen=True, gc=False, tag="vmalloc"):
-    """A tracepoint of mm/vmalloc.c (include/trace/events/vmalloc.h): its name, and its fields as ftrace prints them, in order."""
+    """A tracepoint of mm/vmalloc.c (include/trace/events/vmalloc.h): its name, and its fields as ftrace prints them, in order.
+
+    `flags` is ftrace's column irqs-off, need-resched, hardirq/softirq, preempt-depth, migrate-disable (never).
+    """
 
     name: str
     fields: str
+    flags: str
 
 
 class Sampled(Record, frozen=True, gc=False, tag="sample"):
