@@ -165,8 +165,8 @@ def _add_state_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
         add_at(command)
         _add_machine_options(command)
         command.set_defaults(function=_state_command, print_state=function)
-    for command in add_history(commands, _add_machine_options):
-        command.set_defaults(function=lambda arguments: history_command(arguments, _overrides(arguments)))
+    for one in add_history(commands, _add_machine_options):
+        one.set_defaults(function=lambda arguments: history_command(arguments, _overrides(arguments)))
 
 
 def _overrides(arguments: argparse.Namespace) -> MachineOptions:
