@@ -368,9 +368,12 @@ class Vmalloc(VmAreas):
     def vfree(self, la: int) -> None:
         """Free vmalloc memory by any address in its area that is page aligned; 0 is nothing.
 
-        In interrupt it is deferred to a worker. A bad pointer is a warning and frees nothing.
-        Source: v6.12 vfree, v6.1 __vunmap.
+        In interrupt it is deferred to a worker, in NMI a BUG. A bad pointer is a warning and frees nothing.
+        Source: v6.12 vfree, v6.1 vfree, __vunmap.
         """
+        if self.context.in_nmi and not self._sharded:
+            self.report.bug("vfree")
+            return
         if self.context.in_interrupt:
             self.vfree_atomic(la)
             return

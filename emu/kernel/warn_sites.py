@@ -119,6 +119,7 @@ _WARNS: dict[str, dict[str, tuple[_Place, _Place]]] = {
 _BUGS: dict[str, dict[str, tuple[_Place, _Place]]] = {
     _VMALLOC: {
         "vunmap": _both("vunmap", 3466, 2878),
+        "vfree": _old("vfree", 2854),
         "vfree_atomic": _both("vfree_atomic", 3377, 2818),
         "__get_vm_area_node": _both("__get_vm_area_node", 3177, 2554),
         "free_vm_area": _both("free_vm_area", 4613, 3765),

@@ -132,6 +132,17 @@ vfree_read_bh:
     pop r12
     pop rbx
     ret
+vfree_preempt:
+    push rbx
+    mov rbx, rdi
+    mov edi, 1
+    call preempt_count_add
+    mov rdi, rbx
+    call vfree
+    mov edi, 1
+    call preempt_count_sub
+    pop rbx
+    ret
 vfree_atomic_preempt:
     push rbx
     push r12

@@ -120,16 +120,47 @@ def test_C53_each_cpu_has_a_list_and_a_worker_of_its_own(cpus):
 
 
 @every_number_of_cpus
-def test_C52_vfree_in_nmi_is_a_bug_and_the_memory_stays(cpus):
-    on = Cpus(cpus)
+@pytest.mark.parametrize(("version", "place"), [("6.12", ("vfree_atomic", 3377)), ("6.1", ("vfree", 2854))])
+def test_C52_vfree_in_nmi_is_a_bug_and_the_memory_stays(version, place, cpus):
+    on = Cpus(cpus, kernel=version)
     (la,) = written(on, 1)
     finish = on.interrupt(cpus - 1, lambda: on.guest("vfree_read", la), "nmi")
     assert finish.final is Final.ENDED
     lines = list(on.machine.log_lines())
-    assert any(line.startswith("kernel BUG at mm/vmalloc.c:") for line in lines)
-    assert any("not syncing: Fatal exception in interrupt" in line for line in lines)
+    function, line = place
+    assert f"kernel BUG at mm/vmalloc.c:{line}!" in lines
+    assert any(text.startswith(f"RIP: 0010:{function}+") for text in lines)
+    assert "Kernel panic - not syncing: Fatal exception in interrupt" in lines
     assert on.kernel.vmalloc.find_vm_area(la) is not None
     assert on.kernel.init_mm.lookup(la).present
+
+
+@every_number_of_cpus
+@pytest.mark.parametrize(("function", "freed"), [("vfree_preempt", 1), ("free", 0)])
+def test_C52_vfree_offers_its_cpu_to_others_and_with_preemption_off_goes_through_without_a_word(function, freed, cpus):
+    """A kernel without CONFIG_DEBUG_ATOMIC_SLEEP does not mind it. `freed`: pages of the first when the second thread runs."""
+    on = Cpus(cpus)
+    kernel, last = on.kernel, cpus - 1
+    areas = written(on, 2)
+    first, second = (
+        kernel.create_thread(name, last, function=on.linked.symbols[what], argument=la, runs=False)
+        for name, what, la in (("first", function, areas[0]), ("second", "free", areas[1]))
+    )
+    pages = kernel.vmalloc.nr_vmalloc_pages
+    seen: list[tuple[str, int, int]] = []
+
+    def traced(name: str, values: tuple[int, ...]) -> None:
+        if name == "free_vmap_area_noflush" and values[0] in areas:
+            seen.append((kernel.sched.current().comm, kernel.preempt(last).preempt, pages - kernel.vmalloc.nr_vmalloc_pages))
+            if values[0] == areas[0]:
+                kernel.sched.start(second)
+
+    kernel.vmalloc.space.tracepoint = traced
+    on.on(0).sched.start(first)
+    on.settle()
+    assert seen == [("first", freed, 0), ("second", 0, freed)]
+    assert pages - kernel.vmalloc.nr_vmalloc_pages == 2
+    assert list(on.machine.log_lines()) == []
 
 
 @every_number_of_cpus
