@@ -373,7 +373,7 @@ class Kernel(KernelThreads):
         """Another thread could run on this CPU now (v6.12 include/linux/preempt.h preemptible)."""
         if self._preempt[self.cpus.current].in_atomic:
             return False
-        return not self.sched.in_thread or bool(self.cpu.reg("rflags") & X86_EFLAGS_IF)
+        return not self.sched.in_thread or bool(self._cpus[self.cpus.current].reg("rflags") & X86_EFLAGS_IF)
 
     def _run_work(self) -> None:
         while (self._work or self._rcu_callbacks) and self._preemptible:

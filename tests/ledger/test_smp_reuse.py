@@ -252,10 +252,11 @@ def space_of(on: Cpus):
 @every_number_of_cpus
 @pytest.mark.parametrize("version", ["6.12", "6.1"])
 def test_C41_cpus_that_allocate_free_and_purge_all_the_time_lose_no_area(version, cpus):
-    on = Cpus(cpus, kernel=version, quantum=7)
+    on = Cpus(cpus, kernel=version, quantum=7, tlbsan=True)
     start(on, "churn", 12)
     made = space_of(on)
     made.validate()
+    assert on.machine.tlbsan.findings == []
     on.kernel.vmalloc.validate()
     purge(on, 0)
     assert made.vmap_lazy_nr == 0

@@ -52,6 +52,22 @@ def test_R02_of_three_stacks_a_cpu_caches_two_and_the_third_is_lazy_after_a_grac
     assert not any(any(kernel.memory.read(pa, PAGE)) for pa in frames), "used, and zero again"
 
 
+@every_number_of_cpus
+def test_R02_before_5_18_the_third_stack_is_freed_by_a_worker_of_that_cpu_without_a_grace_period(cpus):
+    on = Cpus(cpus, kernel="5.4")
+    kernel, last = on.kernel, cpus - 1
+    freed: list[tuple[int, bool, str]] = []
+    kernel.vmalloc.space.tracepoint = lambda name, values: freed.append(
+        (values[0], kernel.in_interrupt, kernel.sched.current().comm)
+    ) if name == "free_vmap_area_noflush" else None  # fmt: skip
+    stacks = exited(on, last, 3)
+    on.settle()
+    assert on.do(last, "free", 0) is not None
+    assert [la for la, _, _ in freed] == [stacks[2]]
+    assert freed[0][1] is False
+    assert cpus == 1 or freed[0][2] == f"kworker/{last}:0"
+
+
 @pytest.mark.parametrize("cpus", [2, 4, 8])
 def test_R02_a_stack_goes_to_the_cache_of_the_cpu_that_its_thread_died_on(cpus):
     on = Cpus(cpus)
