@@ -175,17 +175,21 @@ def _overrides(arguments: argparse.Namespace) -> MachineOptions:
 
 def _run(arguments: argparse.Namespace) -> int:
     from emu import report
+    from emu.debug.evidence import evidence
+    from emu.guest.load import load
     from emu.progress import Progress
-    from emu.run import run_file
+    from emu.run import run_program
 
     overrides = _overrides(arguments)
-    results, errors = [], 0
+    results, found, errors = [], [], 0
     single = len(arguments.files) == 1
     with Progress(len(arguments.files), enabled=not single and not arguments.quiet) as progress:
         for path in arguments.files:
             progress.start(path)
             try:
-                result = run_file(path, overrides, keep_events=arguments.verbose)
+                program = load(path)
+                result = run_program(program, overrides, keep_events=arguments.verbose)
+                below = [] if result.ok else evidence(program, overrides, result)
             except GuestError as error:
                 progress.print_error(f"vmemu: {error}")
                 errors += 1
@@ -194,11 +198,12 @@ def _run(arguments: argparse.Namespace) -> int:
                 errors += 1
             else:
                 results.append(result)
+                found.append(below)
                 if not arguments.json and ((single and not arguments.quiet) or not result.ok or arguments.verbose):
-                    progress.print(report.run_text(result, verbose=arguments.verbose))
+                    progress.print(report.run_text(result, verbose=arguments.verbose, evidence=below))
             progress.done()
     if arguments.json:
-        print(report.dump_json([report.run_json(result) for result in results]))
+        print(report.dump_json([report.run_json(*one) for one in zip(results, found, strict=True)]))
     elif not single:
         if not arguments.quiet:
             progress.table(("guest", "", "ending", "first fault"), report.summary_rows(results))
@@ -212,19 +217,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _explore(arguments: argparse.Namespace) -> int:
     from emu import report
+    from emu.debug.evidence import evidence
     from emu.explore import explore_file
+    from emu.guest.load import load
 
+    overrides = _overrides(arguments)
+    below: list[str] = []
     try:
-        explored = explore_file(
-            arguments.file, _overrides(arguments), arguments.schedules, arguments.preemptions, arguments.jobs
-        )
+        explored = explore_file(arguments.file, overrides, arguments.schedules, arguments.preemptions, arguments.jobs)
+        if explored.result is not None:
+            below = evidence(load(arguments.file), dataclasses.replace(overrides, schedule=explored.schedule), explored.result)
     except GuestError as error:
         print(f"vmemu: {error}", file=sys.stderr)
         return WRONG_USE
     except (ValueError, MemoryError) as error:
         print(f"vmemu: {arguments.file}: {error}", file=sys.stderr)
         return WRONG_USE
-    print(report.dump_json(report.explored_json(explored)) if arguments.json else report.explored_text(explored))
+    print(report.dump_json(report.explored_json(explored, below)) if arguments.json else report.explored_text(explored, below))
     return OK if explored.found is None else FINDING
 
 

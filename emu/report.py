@@ -51,8 +51,8 @@ def verdict(result: RunResult) -> str:
     return f"{'PASS' if result.ok else 'FAIL'} {result.path}: {ending_text(result)}"
 
 
-def run_text(result: RunResult, *, verbose: bool = False) -> str:
-    """Log, faults with where their addresses lie, failed expectations, verdict."""
+def run_text(result: RunResult, *, verbose: bool = False, evidence: Sequence[str] = ()) -> str:
+    """Log, faults with where their addresses lie, failed expectations, what `evidence` says of them, verdict."""
     lines: list[str] = []
     if verbose:
         lines += [event_text(event) for event in result.events]
@@ -71,6 +71,8 @@ def run_text(result: RunResult, *, verbose: bool = False) -> str:
     if hidden > 0:
         lines.append(f"vmemu: {hidden} more")
     lines += [f"vmemu: {failure}" for failure in result.failures]
+    if evidence:
+        lines += ["", *evidence]
     lines.append(verdict(result))
     return "\n".join(lines)
 
@@ -94,20 +96,20 @@ def _range_text(start: int, end: int) -> str:
     return "everything" if end - start >> 64 else f"{start:#x}-{end:#x}"
 
 
-def explored_text(explored: ExploredFile) -> str:
+def explored_text(explored: ExploredFile, evidence: Sequence[str] = ()) -> str:
     """What was explored; on a failure the report of the shrunk schedule, and the command that plays it again."""
     ran = f"{explored.schedules} schedule{'s' if explored.schedules != 1 else ''}"
     if explored.found is None:
         rest = ", among them all there are with so few preemptions" if explored.exhausted else ""
         return f"PASS {explored.path}: {ran}{rest}, and each ended as expected"
-    lines = [run_text(explored.result)] if explored.result is not None else []
+    lines = [run_text(explored.result, evidence=evidence)] if explored.result is not None else []
     lines.append("")
     lines.append(f"vmemu: schedule {explored.schedules} fails; again, with as few preemptions as can be:")
     lines.append(f"vmemu run {explored.path} --schedule '{explored.schedule}'")
     return "\n".join(lines)
 
 
-def explored_json(explored: ExploredFile) -> dict[str, Any]:
+def explored_json(explored: ExploredFile, evidence: Sequence[str] = ()) -> dict[str, Any]:
     """The same as plain data; docs/json.md describes it."""
     return {
         "file": explored.path,
@@ -116,12 +118,12 @@ def explored_json(explored: ExploredFile) -> dict[str, Any]:
         "exhausted": explored.exhausted,
         "found": explored.found,
         "schedule": explored.schedule,
-        "run": None if explored.result is None else run_json(explored.result),
+        "run": None if explored.result is None else run_json(explored.result, evidence),
     }
 
 
-def run_json(result: RunResult) -> dict[str, Any]:
-    """The result as plain data; docs/json.md describes it."""
+def run_json(result: RunResult, evidence: Sequence[str] = ()) -> dict[str, Any]:
+    """The result and what `evidence` says of a finding, as plain data; docs/json.md describes it."""
     outcome = result.outcome
     places = iter(result.places)
     return {
@@ -131,6 +133,7 @@ def run_json(result: RunResult) -> dict[str, Any]:
         "ended": outcome.ended,
         "returned": outcome.returned,
         "failures": list(result.failures),
+        "evidence": list(evidence),
         "faults": [
             {
                 "vector": int(fault.vector),

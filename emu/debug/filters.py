@@ -17,7 +17,7 @@ from emu.debug.records import Accessed, AnyRecord, CallBegun, Delivered, Ended, 
 Take = Callable[[AnyRecord], None]
 ONLY = ("instructions", "memory", "misses", "stale", "events")
 # How the kernel's and the machine's own reports begin.
-_FINDINGS = (
+FINDINGS = (
     "BUG: ", "WARNING: ", "kernel BUG at ", "Oops: ", "PANIC: ", "Kernel panic", "traps: PANIC", "general protection fault",
     "double fault", "vmemu: ", "int3: ", "invalid opcode: ", "divide error: ",
 )
@@ -193,7 +193,7 @@ class Last:
             return
         if isinstance(record, Sampled):
             return
-        if isinstance(record, Ended) or (isinstance(record, Logged) and record.text.startswith(_FINDINGS)):
+        if isinstance(record, Ended) or (isinstance(record, Logged) and record.text.startswith(FINDINGS)):
             self._found = True
             for kept in self._kept:
                 self._take(kept)

@@ -47,10 +47,17 @@ def vector_name(vector: int) -> str:
 
 
 class TextWriter:
-    """Gives `write` the lines of a trace, newline included. `color`: with SGR codes. `counters`: also what was sampled."""
+    """Gives `write` the lines of a trace, newline included.
 
-    def __init__(self, write: Callable[[str], object], *, color: bool = False, counters: bool = False) -> None:
+    `color`: with SGR codes. `counters`: also what was sampled. `walks` false: no walks but those of failed accesses, and no
+    accesses of deliveries.
+    """
+
+    def __init__(
+        self, write: Callable[[str], object], *, color: bool = False, counters: bool = False, walks: bool = True
+    ) -> None:
         self._write = write
+        self._walks = walks
         self._color = color
         self._heads: dict[tuple[int, int, str], str] = {}
         self._codes: dict[tuple[int, str], str] = {}
@@ -126,7 +133,7 @@ class TextWriter:
             )
             if self._color:
                 line = self._painted(access.tlb if access.tlb in _COLORS else "access", line)
-        if not access.walk:
+        if not access.walk or not (self._walks or access.failed):
             return f"{_INDENT}{line}\n"
         return f"{_INDENT}{line}\n" + "".join([
             f"{_INDENT}  {one.level}[{one.index}] at {one.pa:x} = {one.value:016x} {'|'.join(one.bits) or 'not present'}\n"
@@ -146,7 +153,7 @@ class TextWriter:
         error = "" if record.error is None else f" error {record.error:#06x}"
         address = "" if record.cr2 is None else f" at {record.cr2:#x}, {record.place}"
         line = self._line("delivery", record, f"{vector_name(record.vector)}{error} from {record.rip:#x}{address}")
-        return line + "".join([self._access(access) for access in record.accesses])
+        return line + "".join([self._access(access) for access in record.accesses if self._walks or access.failed])
 
     def _begun(self, record: CallBegun) -> str:
         arguments = ", ".join(f"{value:#x}" for value in record.arguments)

@@ -76,9 +76,8 @@ class Tracer:
         self._running = kernel.sched.running
         self._symbolize = kernel.symbolize
         self._executed = [0] * len(machine.cpus)
+        self._begun = False
         self._last = machine.cpu
-        # The counters' sum when the guest was called; None before.
-        self._base: int | None = None
         # An instruction that its CPU carries out now, or a delivery under way.
         self._held: tuple[CpuTracer, Line, int, tuple[Accessed, ...]] | None = None
         self._arriving: Delivered | None = None
@@ -120,13 +119,14 @@ class Tracer:
         """A CPU goes on: count what was charged to it since it stopped."""
         counter = cpu.engine.counter
         assert counter is not None, "a traced machine counts"
-        if self._base is None:
+        if not self._begun:
+            self._begun = True
             self._executed = [other.engine.counter.executed for other in self.machine.cpus if other.engine.counter is not None]
-            self._base = sum(self._executed)
+            self.step = sum(self._executed) - self.machine.hub.started
         self._executed[self._last.id] = self._last.engine.counter.executed if self._last.engine.counter is not None else 0
         self._executed[cpu.id] = counter.executed
         self._last = cpu
-        step = sum(self._executed) - self._base
+        step = sum(self._executed) - self.machine.hub.started
         if not 0 <= step - self.step <= 1:
             raise EngineError(f"the trace has {self.step} instructions, and the counters say {step}")
         self.release()

@@ -56,6 +56,8 @@ def walk_report(kernel: Kernel, cr3: int, la: int) -> WalkReport:
     try:
         entries = kernel.entries(cr3, la)
     except BusError:
+        entries = []
+    if not entries:
         return WalkReport(la, cr3, levels, (), "outside RAM")
     steps = []
     rights, denied = int(Entry.RW | Entry.US), 0
