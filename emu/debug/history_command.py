@@ -161,7 +161,7 @@ def _history(arguments: argparse.Namespace, overrides: MachineOptions) -> int:
         shown = [event for event in events if arguments.tables or event.what not in _HIDDEN]
         print("\n".join(_history_lines(recording, la, place, shown)))
     if not recording.tail.ok:
-        print(f"vmemu: {recording.head.file}: the run ended by {recording.tail.ended}, not as its header says", file=sys.stderr)
+        print(f"vmemu: {recording.head.file}: the run did not end as its header says: {recording.tail.ended}", file=sys.stderr)
     return OK if recording.tail.ok else FINDING
 
 
