@@ -220,4 +220,5 @@ class Tracer:
     def end(self, outcome: Outcome) -> None:
         """The run is over."""
         self.release()
+        self.step = (self.machine.hub.total() or 0) - self.machine.hub.started
         self.observe(Ended(*self.here(self.machine.kernel.cpus.current), outcome.ended, outcome.returned))
