@@ -69,6 +69,9 @@ class Hub:
         # The last turn ended because it was given no more, which the policy may have done for its own sake only.
         self._cut = False
         self._start = [0] * len(cpus)
+        counters = [cpu.engine.counter for cpu in cpus if cpu.engine.counter is not None]
+        # None where instructions are not counted: all CPUs count, or none does.
+        self._counters = counters if len(counters) == len(cpus) else None
         # Told of the CPU whose turn is over.
         self.on_turn: Callable[[int], None] = lambda cpu: None
         sched.clock = self.total
@@ -80,16 +83,15 @@ class Hub:
 
     def executed(self, cpu: int) -> int:
         """Instructions of a CPU since the last start; 0 where they are not counted."""
-        counter = self.cpus[cpu].engine.counter
-        return 0 if counter is None else counter.executed - self._start[cpu]
+        return 0 if self._counters is None else self._counters[cpu].executed - self._start[cpu]
 
     def total(self) -> int | None:
         """Instructions of all CPUs since boot; None where they are not counted."""
+        if self._counters is None:
+            return None
         total = 0
-        for cpu in self.cpus:
-            if cpu.engine.counter is None:
-                return None
-            total += cpu.engine.counter.executed
+        for counter in self._counters:
+            total += counter.executed
         return total
 
     @property

@@ -36,7 +36,8 @@ class Allowance:
     @property
     def executed(self) -> int:
         """Instructions executed so far; exact between two runs."""
-        return self.limit - max(self.left, 0)
+        left = self._reserve + self._left.value
+        return self.limit - left if left > 0 else self.limit
 
     @property
     def exhausted(self) -> bool:

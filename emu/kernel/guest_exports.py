@@ -61,15 +61,14 @@ class GuestExports:
     def guarded(self, function: KernelFunction) -> KernelFunction:
         """`function`, ending as bad_object says where it frees what is no object."""
 
-        @functools.wraps(function)
-        def call(*arguments: object) -> int | None:
-            try:
-                return function(*arguments)
-            except SlabError as error:
-                self.bad_object(error)
-                return 0
+        return functools.partial(self._call, function)
 
-        return call
+    def _call(self, function: KernelFunction, *arguments: object) -> int | None:
+        try:
+            return function(*arguments)
+        except SlabError as error:
+            self.bad_object(error)
+            return 0
 
     def bad_object(self, error: SlabError) -> None:
         """kfree() and its kin were given a pointer that kmalloc did not return.
