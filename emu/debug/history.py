@@ -9,52 +9,33 @@ All records stand in one list, WIDTH values each: a tuple each would make the ga
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from emu.block_counter import LAST, LEFT, Block, BlockCounter
 from emu.cpu import Cpu
+from emu.debug.recorded_tlb import recorded_kinds
 from emu.debug.table_stores import Chunk, KnownTables, TableStores
-from emu.engine_registers import REGISTERS
 from emu.kernel.init_64 import PTI_USER_PGD
 from emu.kernel.task import KernelThread
 from emu.machine import Machine
-from emu.mmu.entry import PHYSICAL_MASK, P
+from emu.mmu.entry import PHYSICAL_MASK
 from emu.mmu.mmu import Mmu
 from emu.mmu.table_frames import TableFrames
 from emu.mmu.watch import Watch
 from emu.native import NativeEngine
-from emu.stop_reason import StopReason
 from emu.trace import Event, FlushIssued, TlbFlushed
 
 # A record takes about 200 bytes of the host's memory, and what was stored to tables.
 RING = 1 << 19
-# What a raw record begins with, and how many values it has. The last is a Turn.
-FILL, SET, DROP, STORE, GUEST_STORE, ROOT, INVALIDATE, FLUSH, FLUSHED = range(9)
+# What a raw record begins with, besides FILL, SET and DROP, and how many values it has. The last is a Turn.
+STORE, GUEST_STORE, ROOT, INVALIDATE, FLUSH, FLUSHED = range(3, 9)
 WIDTH = 9
 # Of the CPU in charge: its thread, instructions of the other CPUs, and of all when a limit could last have stopped the machine
-# since the guest's call (-1: not yet).
-Turn = tuple[KernelThread | None, int, int]
+# since the guest's call (-1: not yet); what its engine may execute after the run under way.
+Turn = tuple[KernelThread | None, int, int, int]
 # PCID (-1: global), level, whether of the paging-structure caches, linear address above the bits that the level spans.
 Key = tuple[int, int, bool, int]
 Value = int | tuple[int, int]
-_put = dict.__setitem__
-_pop = dict.pop
-_clear = dict.clear
-
-
-class Recorded(dict[int, Any]):
-    """What one CPU caches of one level, PCID and kind. Subclasses, one for each CPU, tell what goes in and out."""
-
-    __slots__ = ("cpu", "level", "pcid", "table")
-
-    def __init__(self, cpu: int, pcid: int | None, level: int, table: bool) -> None:
-        super().__init__()
-        self.cpu = cpu
-        self.pcid = -1 if pcid is None else pcid
-        self.level = level
-        self.table = table
 
 
 class History:
@@ -74,9 +55,9 @@ class History:
         self.machine = machine
         self.kernel = machine.kernel
         self.ring = ring
-        self._full = ring * WIDTH
+        self.full = ring * WIDTH
         self.raw: list[Any] = []
-        self.turn: Turn = None, 0, -1
+        self.turn: Turn = None, 0, -1, 0
         self.spill: Callable[[int], None] = lambda stop: None
         visited = machine.tlbsan.tables if machine.tlbsan is not None else TableFrames()
         self.tables = KnownTables(visited)
@@ -86,9 +67,8 @@ class History:
         # Instructions of all CPUs but the one in charge, since their boot, and the one in charge.
         self._others = 0
         self._counter = machine.cpu.engine.counter
+        self._thread: KernelThread | None = None
         self._seen = [0] * len(machine.cpus)
-        # The run of an engine that is about to begin is the first since the CPU was put in charge.
-        self._first = True
         self._roots: list[tuple[int, int]] = []
         for cpu in machine.cpus:
             self._see_stores(cpu)
@@ -127,8 +107,11 @@ class History:
         assert counter is not None
         return self._others + counter.executed
 
-    def _add(self, kind: int, first: Any, second: Any = None, third: Any = None) -> None:
-        """A record of the model: instructions so far, the stub or the instruction, the call's return address, the thread."""
+    def add(self, kind: int, first: Any, second: Any = None, third: Any = None) -> None:
+        """Add a record of what the model or a delivery does.
+
+        It ends with instructions so far, the stub or the instruction, the call's return address, the thread, and the turn.
+        """
         activation = self._sched.activation
         counter: Any = self._counter
         total = self._others + counter.limit - counter._reserve - counter._left.value
@@ -140,47 +123,46 @@ class History:
             number = self._cpus.current
             rip = self.machine.cpus[number].rip
             self.raw.extend((kind, first, second, third, total, rip, 0, self._sched.running[number], self.turn))
-        if len(self.raw) > self._full:
-            self._overflow()
+        if len(self.raw) > self.full:
+            self.overflow()
 
-    def _overflow(self) -> None:
+    def overflow(self) -> None:
         """Hand over the older half."""
         stop = len(self.raw) // WIDTH // 2 * WIDTH
         self.spill(stop)
         del self.raw[:stop]
 
     def _see_turns(self) -> None:
-        """Tell the beginning and the end of each run of a CPU: those are the places where a limit would stop the machine."""
+        """See which CPU is in charge, and where a limit would stop the machine: before and after each of its runs."""
         hub = self.machine.hub
         execute = hub._execute
         begin = hub.start
         seen, cpus = self._seen, self.machine.cpus
+        counters: list[Any] = [cpu.engine.counter for cpu in cpus]
         running = self._sched.running
         before = 0
+        started = False
 
         def start() -> None:
-            nonlocal before
+            nonlocal before, started
             begin()
-            for cpu in cpus:
-                counter = cpu.engine.counter
-                seen[cpu.id] = 0 if counter is None else counter.executed
+            seen[:] = [counter.executed for counter in counters]
             before = sum(seen)
-            self.turn = None, 0, before
+            started = True
+            self.turn = None, 0, before, 0
 
         def execute_and_tell(number: int, budget: int | None) -> Any:
             nonlocal before
-            counter: Any = cpus[number].engine.counter
+            counter = counters[number]
             others = before - seen[number]
-            # Before the guest's call no limit stops anything.
-            started = self.turn[2] >= 0
-            self._counter, self._others, self._first = counter, others, True
-            self.turn = running[number], others, before if started else -1
+            self._counter, self._others, self._thread = counter, others, running[number]
             result = execute(number, budget)
             seen[number] = executed = counter.limit - counter._reserve - counter._left.value
             before = others + executed
             # Nested runs may have put another CPU in charge.
             self._counter, self._others = counter, others
-            self.turn = running[number], others, before if started else -1
+            # Before the guest's call no limit stops anything.
+            self.turn = running[number], others, before if started else -1, 0
             return result
 
         hub.start = start  # type: ignore[method-assign]
@@ -191,41 +173,34 @@ class History:
 
         def flush(event: Event) -> None:
             if isinstance(event, FlushIssued):
-                self._add(FLUSH, event)
+                self.add(FLUSH, event)
             elif isinstance(event, TlbFlushed):
-                self._add(FLUSHED, event)
+                self.add(FLUSHED, event)
             sink(event)
 
         self.machine.flushes.sink = flush
 
     def _see_runs(self, cpu: Cpu) -> None:
-        """A limit stops a CPU also between two runs of its engine, and before it takes an interrupt."""
-        take, run, step = cpu._take_pending, cpu.engine.run, cpu.engine.step
+        """A limit stops a CPU also before each run of its engine, and before it takes an interrupt."""
+        counter: Any = cpu.engine.counter
+        take, allow = cpu._take_pending, counter.allow
 
         def stop() -> None:
-            thread, others, last = self.turn
-            if last >= 0:
-                self.turn = thread, others, self._total()
+            reserve, others = counter._reserve, self._others
+            last = -1 if self.turn[2] < 0 else others + counter.limit - reserve - counter._left.value
+            self.turn = self._thread, others, last, reserve
 
         def take_pending() -> bool:
             stop()
             return take()
 
-        def run_and_tell(rip: int, budget: int | None = None, *, exact: bool = True) -> StopReason:
-            if self._first:
-                self._first = False
-            else:
-                stop()
-            return run(rip, budget, exact=exact)
-
-        def step_and_tell(rip: int) -> StopReason:
-            self._first = False
+        def allow_and_tell(budget: int | None) -> int:
+            allowed: int = allow(budget)
             stop()
-            return step(rip)
+            return allowed
 
         cpu._take_pending = take_pending  # type: ignore[method-assign]
-        cpu.engine.run = run_and_tell  # type: ignore[method-assign]
-        cpu.engine.step = step_and_tell  # type: ignore[method-assign]
+        counter.allow = allow_and_tell
 
     # ---------------------------------------------------------------- page tables
 
@@ -267,20 +242,20 @@ class History:
     def _range_stored(self, pgd: int, start: int, end: int, function: str, tables: bool) -> None:
         chunks = self.stores.stored(pgd, start, end, tables)
         if chunks:
-            self._add(STORE, self._cpus.current, chunks, function)
+            self.add(STORE, self._cpus.current, chunks, function)
         if function == "free_pgtables" and all(cpu.mmu.cr3 & PHYSICAL_MASK != pgd for cpu in self.machine.cpus):
             self.stores.drop_root(pgd)
 
     def _stored(self, chunks: list[Chunk], function: str) -> None:
         if chunks:
-            self._add(STORE, self._cpus.current, chunks, function)
+            self.add(STORE, self._cpus.current, chunks, function)
 
     # ---------------------------------------------------------------- TLBs
 
     def _see_translations(self, cpu: Cpu) -> None:
         mmu, number = cpu.mmu, cpu.id
-        kind = self._make_recorded(cpu)
-        mmu.keep_translations_in(lambda pcid, level, table: kind(number, pcid, level, table))
+        pages, tables = recorded_kinds(self, cpu)
+        mmu.keep_translations_in(lambda pcid, level, table: (tables if table else pages)(number, pcid, level, table))
         enter = mmu._enter_address_space
 
         def enter_address_space() -> None:
@@ -293,7 +268,7 @@ class History:
         told = watch.on_invalidate
 
         def invalidated(pcid: int | None, la: int | None, shared: bool) -> None:
-            self._add(INVALIDATE, number, _tag(pcid), (-1 if la is None else la, shared))
+            self.add(INVALIDATE, number, _tag(pcid), (-1 if la is None else la, shared))
             told(pcid, la, shared)
 
         watch.on_invalidate = invalidated
@@ -305,65 +280,7 @@ class History:
             return
         self._roots[number] = root
         self._stored(self.stores.add_root(mmu.cr3 & PHYSICAL_MASK), "")
-        self._add(ROOT, number, *root)
-
-    def _make_recorded(self, cpu: Cpu) -> Callable[[int, int | None, int, bool], Recorded]:
-        """The kind of dict for a CPU: closures, as an attribute's look-up would be a tenth of a record's time (0.9 us)."""
-        engine, raw, full, history = cpu.engine, self.raw, self._full, self
-        counter: Any = engine.counter
-        blocks = engine.block_counter
-        words: Any = blocks.words if blocks is not None else _OneWord(counter)
-        known: dict[int, Block] = {}
-        word = ctypes.c_uint64()
-        # 0.2 us less than the engine's own: the lock of the interpreter is not given away, nothing is converted.
-        address = ctypes.cast(engine._reg_read, ctypes.c_void_p).value or 0
-        read = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(address)
-        handle, rip = ctypes.c_void_p(engine._handle.value), ctypes.c_int(REGISTERS["rip"])
-        there = ctypes.c_void_p(ctypes.addressof(word))
-        extend, add, overflow = raw.extend, self._add, self._overflow
-        find, find_known, left, last = _finder(blocks, known), known.get, LEFT, LAST
-
-        class Of(Recorded):
-            __slots__ = ()
-
-            def __setitem__(self, key: int, value: Any) -> None:
-                if key in self and _same(self[key], value, self.table):
-                    _put(self, key, value)
-                    return
-                _put(self, key, value)
-                if engine._running:
-                    read(handle, rip, there)
-                    at = words[last]
-                    block = find_known(at) or find(at)
-                    extend((0, self, key, value, word.value, counter._reserve + words[left], block, None, history.turn))
-                    if len(raw) > full:
-                        overflow()
-                else:
-                    add(SET, self, key, value)
-
-            def pop(self, key: int, *default: Any) -> Any:
-                if key in self:
-                    self._gone(key)
-                return _pop(self, key, *default)
-
-            def __delitem__(self, key: int) -> None:
-                self._gone(key)
-                _pop(self, key)
-
-            def clear(self) -> None:
-                if self:
-                    self._gone(-1)
-                    _clear(self)
-
-            def _gone(self, key: int) -> None:
-                if not engine._running:
-                    add(DROP, self, key, False)
-                    return
-                read(handle, rip, there)
-                block = find_known(words[last]) or find(words[last])
-                extend((DROP, self, key, True, word.value, counter.left, block, None, history.turn))
-
-        return Of
+        self.add(ROOT, number, *root)
 
 
 def cached_by(mmu: Mmu) -> dict[Key, Value]:
@@ -376,37 +293,5 @@ def cached_by(mmu: Mmu) -> dict[Key, Value]:
     return found
 
 
-class _OneWord:
-    """What BlockCounter.words has, for a counter of single instructions."""
-
-    def __init__(self, counter: Any) -> None:
-        self._counter = counter
-
-    def __getitem__(self, index: int) -> int:
-        return int(self._counter._left.value) if index == LEFT else 0
-
-
-def _same(old: Any, new: Any, table: bool) -> bool:
-    """Whether an entry is put back as it was, but for the mark of what is stale (P)."""
-    if table:
-        return bool(old[0] == new[0] and (old[1] ^ new[1]) & ~P == 0)
-    return bool((old ^ new) & ~P == 0)
-
-
 def _tag(pcid: int | None) -> int:
     return -1 if pcid is None else pcid
-
-
-def _finder(blocks: BlockCounter | None, known: dict[int, Block]) -> Callable[[int], Block | None]:
-    """Finds the block of an entry that `known` lacks. Blocks are asked for when seen: their entries do not stay."""
-    if blocks is None:
-        return lambda at: None
-    blocks.on_forget = known.clear
-
-    def find(at: int) -> Block | None:
-        if not at:
-            return None
-        known[at] = block = blocks.block_at(at)
-        return block
-
-    return find

@@ -12,20 +12,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from emu.debug.history import (
-    DROP,
-    FILL,
-    FLUSH,
-    FLUSHED,
-    GUEST_STORE,
-    INVALIDATE,
-    ROOT,
-    SET,
-    STORE,
-    WIDTH,
-    History,
-    Recorded,
-)
+from emu.debug.history import FLUSH, FLUSHED, GUEST_STORE, INVALIDATE, ROOT, STORE, WIDTH, History
+from emu.debug.recorded_tlb import DROP, FILL, SET, Recorded
 
 # The place of what happens while the guest is loaded.
 BEFORE = "before the guest's call"
@@ -157,8 +145,8 @@ class Reader:
         fetched even where a limit stops the engine before it.
         """
         rip, left, block, _, turn = scene
-        thread, others, _ = turn
-        step = others + self._limits[cpu] - left - self.history.start
+        thread, others, _, reserve = turn
+        step = others + self._limits[cpu] - reserve - left - self.history.start
         counter = self.history.machine.cpus[cpu].engine.block_counter
         if counter is None:
             fetch = own_page
