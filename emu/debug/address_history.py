@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from emu.debug.history_records import AnyChange, FlushAsked, RootLoaded, TableStored, TlbDropped, TlbFilled
+from emu.debug.history import Key
+from emu.debug.history_records import AnyChange, FlushAsked, Invalidated, RootLoaded, TableStored, TlbDropped, TlbFilled
 from emu.debug.replay import Replay
 from emu.mmu.entry import PHYSICAL_MASK, RW, US, XD, Level, P, is_canonical, page_size
 from emu.mmu.staleness import Cached, CachedTable, compare_page, compare_table, effective
@@ -90,8 +91,10 @@ class AddressHistory:
                 if self.la >> 9 * change.level + 3 == change.number:
                     self._filled(change)
             elif isinstance(change, TlbDropped):
-                if change.number in (-1, self.la >> 9 * change.level + 3):
+                if self.la >> 9 * change.level + 3 == change.number:
                     self._dropped(change)
+            elif isinstance(change, Invalidated):
+                self._invalidated(change)
             else:
                 self.replay.apply(change)
                 if isinstance(change, TableStored):
@@ -149,15 +152,22 @@ class AddressHistory:
         self._check_stale(change)
 
     def _dropped(self, change: TlbDropped) -> None:
-        ours = self.la >> 9 * change.level + 3
-        key = change.pcid, change.level, change.table, ours
-        held = change.number in (-1, ours) and key in self.replay.tlbs[change.cpu]
-        self.replay.apply(change)
-        if not held:
-            return
-        if not change.table or change.level == Level.PDE:
-            cause = "#PF" if change.access else self._cause if change.call else ""
-            self._add(change, "table dropped" if change.table else "dropped", cause, cpus=(change.cpu,))
+        key = change.pcid, change.level, change.table, change.number
+        if key in self.replay.tlbs[change.cpu]:
+            self.replay.apply(change)
+            self._gone(change, [key], "#PF" if change.access else self._cause if change.call else "")
+
+    def _invalidated(self, change: Invalidated) -> None:
+        gone = self.replay.holds(change, self.la)
+        if gone:
+            self.replay.apply(change)
+            self._gone(change, gone, self._cause if change.call else "")
+
+    def _gone(self, change: AnyChange, keys: list[Key], cause: str) -> None:
+        if any(not table for _, _, table, _ in keys):
+            self._add(change, "dropped", cause, cpus=(change.cpu,))
+        if any(table and level == Level.PDE for _, level, table, _ in keys):
+            self._add(change, "table dropped", cause, cpus=(change.cpu,))
         self._check_stale(change)
 
     def _find_stale(self) -> dict[tuple[int, ...], tuple[str, ...]]:

@@ -52,7 +52,9 @@ class TlbFilled(Change, frozen=True, gc=False, tag="fill"):
 
 
 class TlbDropped(Change, frozen=True, gc=False, tag="drop"):
-    """The CPU no longer caches page or table `number` of a level, -1: any of that level and PCID. `access`: an access did that."""
+    """The CPU no longer caches page or table `number` of a level: for want of room, or since an access to it faulted (`access`),
+    or by INVLPG or INVPCID of one address, which is told next.
+    """
 
     pcid: int
     level: int
@@ -69,7 +71,9 @@ class RootLoaded(Change, frozen=True, gc=False, tag="root"):
 
 
 class Invalidated(Change, frozen=True, gc=False, tag="invalidate"):
-    """The CPU has executed an invalidation: of one PCID (-1: all), one page (-1: all); `shared`: of global entries too."""
+    """The CPU has executed an invalidation: of one PCID (-1: all), one page (-1: all); `shared`: of global entries too. That of a
+    page with `shared` is INVLPG, which removes all of the PCID's paging-structure caches.
+    """
 
     pcid: int
     la: int
@@ -116,7 +120,10 @@ class Reader:
             self._since = max(self._since, last_stop - self.history.start + 1)
         match kind:
             case 0:  # FILL
-                page, number = (first, second) if not first.table else _page_of(raw, at)
+                if first.table:
+                    page, number, scene = _page_of(raw, at)
+                else:
+                    page, number = first, second
                 return _filled(self._inside(first.cpu, scene, scene[0] >> 9 * page.level + 3 == number), first, second, third)
             case 1:  # SET
                 return _filled(self._model(first.cpu, scene), first, second, third)
@@ -183,12 +190,11 @@ class Reader:
         return name
 
 
-def _page_of(raw: list[Any], at: int) -> tuple[Recorded, int]:
-    """The page that the walk was for whose tables are cached from record `at` on: it is cached right behind them."""
-    for behind in range(at, min(len(raw), at + 12 * WIDTH), WIDTH):
-        if raw[behind] == FILL and not raw[behind + 1].table:
-            return raw[behind + 1], raw[behind + 2]
-    return raw[at + 1], raw[at + 2]
+def _page_of(raw: list[Any], at: int) -> tuple[Recorded, int, list[Any]]:
+    """The page that the walk was for whose tables are cached from record `at` on, and its scene: it is cached right behind them."""
+    while raw[at] != FILL or raw[at + 1].table:
+        at += WIDTH
+    return raw[at + 1], raw[at + 2], raw[at + 4 : at + WIDTH]
 
 
 def _made(kind: Callable[..., AnyChange], scene: tuple[Any, ...], *fields: Any) -> AnyChange:

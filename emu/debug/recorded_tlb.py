@@ -1,4 +1,7 @@
-"""The dicts in which a recorded machine's TLBs and paging-structure caches keep their entries: they tell what goes in and out."""
+"""The dicts in which a recorded machine's TLBs and paging-structure caches keep their entries: they tell what goes in and out.
+
+They do not tell what `clear` takes out: that is an invalidation, which the MMU tells (Watch.on_invalidate).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from emu.block_counter import LAST, LEFT, Block, BlockCounter
 from emu.decode import Undecodable, decode
 from emu.engine_registers import REGISTERS
-from emu.mmu.entry import XD, P
+from emu.mmu.entry import XD
 
 if TYPE_CHECKING:
     from emu.cpu import Cpu
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
 FILL, SET, DROP = range(3)
 _put = dict.__setitem__
 _pop = dict.pop
-_clear = dict.clear
 
 
 class Recorded(dict[int, Any]):
@@ -100,22 +102,15 @@ def recorded_kinds(history: History, cpu: Cpu) -> tuple[type[Recorded], type[Rec
         __slots__ = ()
 
         def __setitem__(self, key: int, value: Any) -> None:
-            if key in self:
-                slot, rights = self[key]
-                if value[0] == slot and not (value[1] ^ rights) & ~P:
-                    # Put back as it was, but for the mark of what is stale.
-                    _put(self, key, value)
-                    return
+            if key in self and self[key] == value:
+                # Each walk that begins further up puts it there once more.
+                return
             _put(self, key, value)
             if not engine._running:
                 add(SET, self, key, value)
                 return
-            read()
-            at = words[last]
-            block, _ = find_known(at) or find(at)
-            extend((FILL, self, key, value, word.value, words[left], block, None, history.turn))
-            if len(raw) > full:
-                overflow()
+            # The page that was walked for is put behind it, and says where that was.
+            extend((FILL, self, key, value, 0, 0, None, None, history.turn))
 
         def pop(self, key: int, *default: Any) -> Any:
             if key in self:
@@ -125,11 +120,6 @@ def recorded_kinds(history: History, cpu: Cpu) -> tuple[type[Recorded], type[Rec
         def __delitem__(self, key: int) -> None:
             self._gone(key)
             _pop(self, key)
-
-        def clear(self) -> None:
-            if self:
-                self._gone(-1)
-                _clear(self)
 
         def _gone(self, key: int) -> None:
             if not engine._running:
@@ -143,9 +133,6 @@ def recorded_kinds(history: History, cpu: Cpu) -> tuple[type[Recorded], type[Rec
         __slots__ = ()
 
         def __setitem__(self, key: int, value: int) -> None:
-            if key in self and not (self[key] ^ value) & ~P:
-                _put(self, key, value)
-                return
             _put(self, key, value)
             if not engine._running:
                 add(SET, self, key, value)

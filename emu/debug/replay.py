@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from emu.debug.history import Key, Value
-from emu.debug.history_records import AnyChange, RootLoaded, TableStored, TlbDropped, TlbFilled
+from emu.debug.history_records import AnyChange, Invalidated, RootLoaded, TableStored, TlbDropped, TlbFilled
 from emu.memory import PAGE_SIZE, BusError, Memory
 from emu.mmu.entry import PHYSICAL_MASK, PS, A, D, P
 from emu.mmu.walk import PagingRegisters, inspect
@@ -67,15 +67,17 @@ class Replay:
             for pa, data in change.chunks:
                 self.tables.write(pa, data)
         elif isinstance(change, TlbDropped):
-            tlb = self.tlbs[change.cpu]
-            if change.number >= 0:
-                tlb.pop((change.pcid, change.level, change.table, change.number), None)
-            else:
-                for key in [key for key in tlb if key[:3] == (change.pcid, change.level, change.table)]:
-                    del tlb[key]
+            self.tlbs[change.cpu].pop((change.pcid, change.level, change.table, change.number), None)
+        elif isinstance(change, Invalidated):
+            self.tlbs[change.cpu] = {key: value for key, value in self.tlbs[change.cpu].items() if not removes(change, key)}
         elif isinstance(change, RootLoaded):
             self.current[change.cpu] = change.pcid, change.cr3
             self.roots[change.cpu][change.pcid] = change.cr3
+
+    def holds(self, change: Invalidated, la: int) -> list[Key]:
+        """What a CPU caches for an address that an invalidation is about to remove."""
+        tlb = self.tlbs[change.cpu]
+        return [key for key in tlb if la >> 9 * key[1] + 3 == key[3] and removes(change, key)]
 
     def fill_is_news(self, change: TlbFilled) -> bool:
         """Whether a fill changes the TLB: entries are also put back as they were, marked or not as stale."""
@@ -102,6 +104,17 @@ class Replay:
                 flags = A if change.table else change.value & (A | D)
                 if entry & flags != flags:
                     self.tables.write(entry_pa, (entry | flags).to_bytes(_WORD, "little"))
+
+
+def removes(change: Invalidated, key: Key) -> bool:
+    """Whether an invalidation removes an entry (SDM vol. 3A 4.10.4.1)."""
+    pcid, level, table, number = key
+    if pcid < 0:
+        if not change.shared:
+            return False
+    elif change.pcid not in (-1, pcid):
+        return False
+    return change.la < 0 or (table and change.shared) or change.la >> 9 * level + 3 == number
 
 
 def _value(change: TlbFilled) -> Value:

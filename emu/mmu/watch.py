@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 KERNEL_HALF = 1 << 63
 _FEW = 256
+# A mark is nothing that goes into the TLB: dicts that tell of that (Mmu.keep_translations_in) are not to tell of marks.
+_mark: Callable[..., None] = dict.__setitem__
 # What an access through the entry can come to depend on. The rest (memory type, G, D) changes nothing that it does.
 _MATTERS = frozenset({"P", "RSVD", "size", "frame", "US", "PKEY"})
 
@@ -141,7 +143,7 @@ class Watch:
                         differs: tuple[str, ...] = ("P",)
                     else:
                         differs = self._page_differs(Cached(la, Level(level), context.pcid, (packed | P) ^ XD))
-                    pages[number] = packed & ~P if differs else packed | P
+                    _mark(pages, number, packed & ~P if differs else packed | P)
                     self._note(key, known, differs, marks)
         # Clearing leaves changes nothing that the structure caches hold.
         for level in () if gone else TABLE_LEVELS:
@@ -152,7 +154,8 @@ class Watch:
                     la = number << (9 * level + 3)
                     key = Key(True, tag, level, la)
                     differs = self._table_differs(CachedTable(la, Level(level), tag, slot << 3, _table_rights(rights)))
-                    tables[number] = slot, rights & ~P if differs or self._is_tracked_region(level, la) else rights | P
+                    marked = differs or self._is_tracked_region(level, la)
+                    _mark(tables, number, (slot, rights & ~P if marked else rights | P))
                     self._note(key, not rights & P, differs, marks)
 
     def _note(self, key: Key, known: bool, differs: tuple[str, ...], marks: list[Mark]) -> None:

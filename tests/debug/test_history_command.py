@@ -38,7 +38,7 @@ def test_history_says_in_a_line_each_what_happened(capsys: pytest.CaptureFixture
         ("18", "cpu0", "dropped"),
     ]
     assert "vmap_pages_range_noflush in vmalloc, from init_module+0xa/0x43 [stale_tlb]" in lines[0][3]
-    assert out.splitlines()[-1] == "57 records, 23 steps"
+    assert out.splitlines()[-1] == "51 records, 23 steps"
 
 
 def test_history_as_json_has_the_events_with_those_of_the_structure_caches(capsys: pytest.CaptureFixture[str]) -> None:
