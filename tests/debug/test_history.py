@@ -104,9 +104,8 @@ def test_a_store_of_the_guest_to_a_page_table_is_told_with_its_instruction_thoug
         assert (unmapped.function, unmapped.call, unmapped.place) == ("", "", "stores+0x0/0xb [guest]")
 
 
-def test_a_table_that_the_guest_puts_in_place_is_followed_from_then_on() -> None:
-    # A copy of the PTE table in a page of its own; the PDE is made to name it; then a PTE in the copy is cleared.
-    _, events = area_of("""
+# A copy of the PTE table in a page of its own, which the PDE is made to name. R12 is the copy, R13 the offset of [p]'s PTE in it.
+OWN_TABLE = """
         mov edi, 4096
         mov esi, 0xcc0
         call kmalloc
@@ -135,13 +134,29 @@ def test_a_table_that_the_guest_puts_in_place_is_followed_from_then_on() -> None
     links:
         mov [rdi], rax
         and r13, 4095
-    clears:
-        mov qword [r12 + r13], 0
-    """)
+"""
+
+
+def test_a_table_that_the_guest_puts_in_place_is_followed_from_then_on() -> None:
+    _, events = area_of(OWN_TABLE + "clears:\n mov qword [r12 + r13], 0")
     # The PDE's old table was cached, as the stack is in the same 2 MiB.
     assert whats(events) == ["mapped", "stale", "unmapped"]
     assert (events[1].differs, events[1].place.partition("+")[0]) == (("frame",), "links")
     assert events[2].place.startswith("clears+0x0")
+
+
+def test_stores_of_the_kernel_to_a_table_that_the_guest_has_put_in_place_are_seen_there() -> None:
+    _, events = area_of(OWN_TABLE + "mov rdi, [p]\n call vfree")
+    assert whats(events) == ["mapped", "stale", "unmapped"]
+    assert (events[2].function, events[2].call) == ("vunmap_range_noflush", "vfree")
+
+
+def test_the_fetch_of_another_page_is_not_taken_for_the_access_of_the_block_before_it() -> None:
+    recorded = Recorded(program("jmp next\nnext:\n mov rcx, [rax]\n jmp other\nalign 4096\nother:\n nop"))
+    other = recorded.outcome.symbol("other") or 0
+    fetch = next(change for change in recorded.changes if isinstance(change, TlbFilled) and change.number == other >> 12)
+    assert fetch.place.startswith("other+0x0/")
+    assert (fetch.step, fetch.since) == (11, 11)
 
 
 def test_the_instruction_that_fills_the_tlb_is_told_exactly_inside_its_block() -> None:
