@@ -18,6 +18,7 @@ REGISTERS = {
         "ldtr", "mxcsr", *(f"xmm{n}" for n in range(16)), *(f"dr{n}" for n in (0, 1, 2, 3, 6, 7)),
     )},
 }
+_SELECTORS = frozenset(("cs", "ss", "ds", "es", "fs", "gs"))
 WIDE = frozenset(REGISTERS[f"xmm{n}"] for n in range(16))
 
 
@@ -31,13 +32,15 @@ class RegisterBatch:
         self._values = (ctypes.c_uint64 * self._count)()
         base = ctypes.addressof(self._values)
         self._pointers = (ctypes.c_void_p * self._count)(*(base + 8 * n for n in range(self._count)))
+        # A selector is written as 16 bits: what stood above them must go first.
+        self._clears = any(name in _SELECTORS for name in names)
         self._read = uclib.uc_reg_read_batch
         self._write = uclib.uc_reg_write_batch
 
     def read(self) -> list[int]:
         """The values, in the order of the names."""
-        # A selector is written as 16 bits.
-        ctypes.memset(self._values, 0, 8 * self._count)
+        if self._clears:
+            ctypes.memset(self._values, 0, 8 * self._count)
         self._read(self._handle, self._numbers, self._pointers, self._count)
         return self._values[:]
 
