@@ -42,6 +42,7 @@ def add_trace(commands: Any, add_machine_options: Callable[[argparse.ArgumentPar
                        help="colour the text: auto does on a terminal unless NO_COLOR is set (default auto)")
     trace.add_argument("--no-memory", action="store_true", help="instructions and events only: four times as fast")
     trace.add_argument("--counters", action="store_true", help="text: TLB entries, lazy pages and free frames as they change")
+    trace.add_argument("--slices", action="store_true", help="perfetto: a slice for each instruction too")
     chosen = trace.add_argument_group("what to show", "everything without these; what several of them hold, with several")
     chosen.add_argument("--only", choices=ONLY, help="instructions, those with memory accesses, with TLB misses or stale entries "
                         "(and these accesses alone), or the events between instructions")
@@ -116,7 +117,7 @@ def _writer(arguments: argparse.Namespace, output: Output) -> Any:
     if arguments.format == "perfetto":
         from emu.debug.perfetto import PerfettoWriter
 
-        return PerfettoWriter(output.write)
+        return PerfettoWriter(output.write, instructions=arguments.slices)
     if arguments.format == "ftrace":
         from emu.debug.ftrace import FtraceWriter
 
