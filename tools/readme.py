@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "tlbsan.md", ROOT / "docs" / "history.md")
+DOCUMENTS = (README, ROOT / "docs" / "tlbsan.md", ROOT / "docs" / "history.md", ROOT / "docs" / "perfetto.md")
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 

@@ -45,7 +45,8 @@ from emu.guest.load import load
 from emu.machine import Machine
 from emu.run import configure
 
-GUEST = Path(__file__).resolve().parents[2] / "guest"
+ROOT = Path(__file__).resolve().parents[2]
+GUEST, DOCUMENT = ROOT / "guest", ROOT / "docs" / "perfetto.md"
 NEEDS_GCC = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed: .c and .S guests cannot be compiled")
 PROGRAMS = [
     pytest.param(path, marks=NEEDS_GCC if path.suffix != ".asm" else (), id=path.name)
@@ -230,6 +231,15 @@ def test_the_public_trace_processor_loads_the_file_without_errors_and_counts_the
 
     assert query("select name, value from stats where severity in ('error', 'data_loss') and value > 0") == []
     check_counts(run, query)
+
+
+def test_the_documented_query_finds_each_ipi_and_its_acknowledgement() -> None:
+    sql = DOCUMENT.read_text().partition("```sql\n")[2].partition("```")[0]
+    rows = Trace(Run(GUEST / "purge_then_fault.asm").text).query(sql)
+    assert [(ipi.partition(" (")[0], answer) for ipi, answer, _ in rows] == [
+        (f"send IPI {number}", "__purge_vmap_area_lazy done for CPU 0") for number in (2, 3, 4)
+    ]
+    assert all(steps > 0 for *_, steps in rows)
 
 
 # ---- records that no guest above makes
