@@ -4,8 +4,8 @@ A Python callback for each access would cost 3 us before it does anything; the l
 reads what they wrote when the log is full or the engine stops. Blocks that the engine's counter refuses are not logged: Unicorn
 calls no further callback once one has asked it to stop.
 
-What the engine tells (tests/characterisation/test_access_hooks.py): the physical address of an access; of one that crosses into
-another page, each part; the value of a read only to UC_HOOK_MEM_READ_AFTER; and registers and RIP stand as before the instruction.
+What the engine tells (tests/characterisation/test_access_hooks.py): the physical address of an access, that of its first byte
+when it crosses into another page; the value of a read only to UC_HOOK_MEM_READ_AFTER; and registers and RIP stand as before the instruction.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _assembled(source: str) -> bytes:
 class NativeLog:
     """The log of one engine's Uc, whose translations must be dropped once before it sees everything.
 
-    `full()` is called from inside a callback when the log has no room; it must take what is there, and cannot raise. `accesses`:
+    `full()` is called from inside a callback when the log has no room, and cannot raise; what it does not take is lost. `accesses`:
     whether memory accesses are logged too. Raises EngineError where Unicorn or the host does not allow it; the host must be one
     whose blocks can be counted (BlockCounter.available).
     """
@@ -131,7 +131,8 @@ class NativeLog:
         self._pointers = (ctypes.c_uint64 * len(LOGGED))(
             *(ctypes.addressof(self._values) + 8 * n for n in range(len(LOGGED)))
         )
-        self._full = _Drain(full)
+        self._on_full = full
+        self._full = _Drain(self._make_room)
         self._state = (ctypes.c_uint64 * 7)(
             self._first, self._first + 8 * _CAPACITY, _address(self._full), _address(uclib.uc_reg_read_batch),
             ctypes.addressof(self._ids), ctypes.addressof(self._pointers), ctypes.addressof(self._values),
@@ -157,6 +158,10 @@ class NativeLog:
         )
         if status:
             raise EngineError(f"Unicorn takes no callback of kind {kind}: {UcError(status)}")
+
+    def _make_room(self) -> None:
+        self._on_full()
+        self._state[_CURSOR] = self._first
 
     def take(self) -> list[int]:
         """The words logged since the last call, oldest first.

@@ -316,6 +316,15 @@ class CpuTracer:
         return None if known is None else self._noted(known << 12 | pa & PAGE_MASK, size, write, value, pa)
 
     def _noted(self, la: int, size: int, write: bool, value: int, pa: int) -> Accessed:
+        over = (la & PAGE_MASK) + size - _PAGE
+        if over > 0:
+            # The engine tells of both parts as one, with the physical address of the first.
+            first = size - over
+            self._shown.append(self._noted(la, first, write, value & (1 << 8 * first) - 1, pa))
+            la = la + first & MASK64
+            cached = self.mmu.query(la)
+            pa = cached.pa(la) if cached is not None else effective_pa(self.mmu, la)
+            return self._noted(la, over, write, value >> 8 * first, pa)
         page = la >> 12
         note = self._notes.get(page)
         if note is None or note.frame != pa >> 12:
@@ -430,6 +439,13 @@ class CpuTracer:
         """The MMU takes back what it granted."""
         self._notes.clear()
         self._drop()
+
+
+def effective_pa(mmu: Mmu, la: int) -> int:
+    """The physical address that memory says now."""
+    level, entry, _ = effective(mmu.memory, mmu.regs, la)
+    size = 1 << 9 * level + 3
+    return entry & PHYSICAL_MASK & -size | la & size - 1
 
 
 def next_walk(mmu: Mmu, la: int) -> list[Entry]:
