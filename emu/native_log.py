@@ -5,7 +5,8 @@ reads what they wrote when the log is full or the engine stops. Blocks that the 
 calls no further callback once one has asked it to stop.
 
 What the engine tells (tests/characterisation/test_access_hooks.py): the physical address of an access, that of its first byte
-when it crosses into another page; the value of a read only to UC_HOOK_MEM_READ_AFTER; and registers and RIP stand as before the instruction.
+when it crosses into another page; the value of a read only to UC_HOOK_MEM_READ_AFTER; and registers and RIP stand as before the
+instruction. A store that crosses is told of before its second page is asked for, which may fail.
 """
 
 from __future__ import annotations

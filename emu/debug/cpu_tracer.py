@@ -238,7 +238,7 @@ class CpuTracer:
         self.pid, self.comm = self.host.thread(self.cpu.id)
         shown = self._with_fetch(line, tuple(self._shown)) if self._fetched else tuple(self._shown)
         if reason is StopReason.FAULT and self._failed is not None and self.memory:
-            shown = (*shown, self._failed_access(line))
+            shown = self._with_failed(line, shown)
         self._failed = None
         if reason is StopReason.PAUSE:
             self.observe(Executed(self.host.step, self.cpu.id, self.pid, self.comm, *line.shown, shown))
@@ -353,16 +353,23 @@ class CpuTracer:
             return _Note(frame, owner, "stale", cached.entry, cached.size, bits, now)
         return _Note(frame, owner, "hit", cached.entry, cached.size, bits, _NO_WALK)
 
-    def _failed_access(self, line: Line) -> Accessed:
+    def _with_failed(self, line: Line, shown: tuple[Accessed, ...]) -> tuple[Accessed, ...]:
+        """The accesses of an instruction, of which one failed: no part of that has been made."""
         assert self._failed is not None, "a fault was seen"
         _, walk, tlb = self._failed
         engine = self.engine
         made = () if line.instruction is None else accesses(line.instruction, line.rip, engine.reg)
         where = fault(made, line.rip, engine.fault_page, engine.fault_access)
-        size = next((one.size for one in made if one.la <= where.cr2 < one.la + one.size), 0)
-        return Accessed(
-            where.cr2, size, where.write, 0, 0, self.surroundings.place(where.cr2), "", tlb, 0, 0, (), walk, False, True,
+        whole = next((one for one in made if one.la <= where.cr2 < one.la + one.size), None)
+        if whole is not None:
+            shown = tuple([
+                one for one in shown if one.fetch or one.write != where.write or not whole.la <= one.la < whole.la + whole.size
+            ])
+        failed = Accessed(
+            where.cr2, 0 if whole is None else whole.size, where.write, 0, 0, self.surroundings.place(where.cr2), "", tlb, 0, 0, (),
+            walk, False, True,
         )
+        return *shown, failed
 
     # ---------------------------------------------------------------- translations
 

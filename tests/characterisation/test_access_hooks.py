@@ -91,6 +91,17 @@ def test_an_access_that_crosses_into_another_page_is_told_of_once_with_the_addre
     assert [(one.address, one.size, one.value) for one in seen] == [(DATA + 0xFFD & RAM_MASK, 8, 0x8877665544332211)]
 
 
+@pytest.mark.parametrize(("code", "told"), [("48890f", 1), ("488b0f", 0)], ids=["store", "load"])
+def test_only_a_store_that_crosses_is_told_of_before_its_second_page_fails(code: str, told: int) -> None:
+    cpu = Bare()
+    seen = listen(cpu)
+    cpu.refuse.add(DATA + 0x1000)
+    with pytest.raises(uc_.UcError):
+        cpu.run(code + HLT, rdi=DATA + 0xFFD, rcx=-1)
+    assert len(seen) == told
+    assert cpu.get(DATA + 0xFFD, 3) == bytes(3)
+
+
 def test_each_element_of_a_repeated_instruction_is_told_of_with_its_own_registers() -> None:
     cpu = Bare()
     seen = listen(cpu)
